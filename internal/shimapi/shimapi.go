@@ -13,8 +13,10 @@ import (
 const (
 	ConfigFile = "shim.json" // Config, written by the agent before the shim starts
 	SocketFile = "shim.sock" // the shim's HTTP socket
-	LockFile   = "run.lock"  // flock held by shim, QEMU and helper together: free means "nothing of this VM lives here"
-	PIDFile    = "shim.pid"  // pid of the shim, for the agent's pidfd
+	EventsFile = "events.jsonl"
+	QEMUPID    = "qemu.pid" // "PID STARTTIME" of this VM's QEMU, STARTTIME as field 22 of /proc/PID/stat
+	LockFile   = "run.lock" // flock held by shim, QEMU and helper together: free means "nothing of this VM lives here"
+	PIDFile    = "shim.pid" // pid of the shim, for the agent's pidfd
 	LogFile    = "shim.log"
 	DiskDir    = "disks"
 )
@@ -88,7 +90,9 @@ type Op struct {
 	// last epoch commits, record says stopped), "reset", "switchover", "takeover"
 	// (of a secondary; only with Force or when the primary is known dead),
 	// "protect" (fill the secondary on Host), "unprotect", "quit" (end this shim,
-	// refused on a running primary), "survivor" (Value "on" or "off").
+	// refused on a running primary), "survivor" (Value "on" or "off"), "peer-dead"
+	// (Value: the run id of the peer's instance that is known to be gone for
+	// sure, because its host's agent holds the run lock; Host: that host).
 	Op    string `json:"op"`
 	Host  string `json:"host,omitempty"`
 	Force bool   `json:"force,omitempty"`
