@@ -131,12 +131,13 @@ func (r *CreateVM) validateBoot() error {
 	if r.Kernel != nil && r.UEFI {
 		return Errorf(Invalid, "a kernel booted directly and UEFI exclude each other; give one of both")
 	}
-	for what, f := range map[string]*File{"kernel": r.Kernel, "initrd": r.Initrd} {
-		if f != nil {
-			if err := checkFile(what, f); err != nil {
-				return err
-			}
+	if r.Kernel != nil {
+		if err := checkFile("kernel", r.Kernel); err != nil {
+			return err
 		}
+	}
+	if r.Initrd != nil {
+		return checkFile("initrd", r.Initrd)
 	}
 	return nil
 }
