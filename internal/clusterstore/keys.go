@@ -1,0 +1,253 @@
+package clusterstore
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// The keys; see the table in docs. Names hold no slash.
+const (
+	root       = "/perdure/"
+	clusterKey = root + "cluster"
+	hostDir    = root + "host/"
+	aliveDir   = root + "alive/"
+	vmDir      = root + "vm/"
+	tokenDir   = root + "token/"
+)
+
+func vmPrefix(vm string) string          { return vmDir + vm + "/" }
+func specKey(vm string) string           { return vmPrefix(vm) + "spec" }
+func recordKey(vm string) string         { return vmPrefix(vm) + "record" }
+func endpointKey(vm, host string) string { return vmPrefix(vm) + "endpoint/" + host }
+
+// ClusterInfo is what the cluster is called.
+type ClusterInfo struct {
+	ID   string `json:"id"`
+	Name string `json:"name"`
+}
+
+// HostInfo is what a host says of itself; it is published at each start and
+// whenever it changes.
+type HostInfo struct {
+	Name        string   `json:"name"`
+	Role        string   `json:"role"` // "host" or "witness"
+	API         string   `json:"api"`  // IP:port of the agent's API
+	ALinks      []string `json:"alinks"`
+	CPUs        int      `json:"cpus"`
+	MemoryTotal int64    `json:"memory_total"` // bytes
+	MemoryFree  int64    `json:"memory_free"`  // MemAvailable in bytes, now and then
+	Accel       string   `json:"accel"`        // "kvm" or "tcg"
+	QEMU        string   `json:"qemu"`         // version, "7.2.22"; empty: none
+	Version     string   `json:"version"`      // of Perdure
+	StateDir    string   `json:"state_dir"`
+}
+
+// Token is what the cluster keeps of a join token.
+type Token struct {
+	ID         string    `json:"id"`
+	SecretHash string    `json:"secret_hash"`
+	Role       string    `json:"role"`
+	Expires    time.Time `json:"expires"`
+}
+
+// PutCluster names the cluster where it has no name yet and returns what it is
+// called.
+func (s *Store) PutCluster(ctx context.Context, c ClusterInfo) (ClusterInfo, error) {
+	val, err := json.Marshal(c)
+	if err != nil {
+		return c, fmt.Errorf("name cluster: %w", err)
+	}
+	ok, err := s.txn(ctx, []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(clusterKey), "=", 0)},
+		[]clientv3.Op{clientv3.OpPut(clusterKey, string(val))})
+	if err != nil {
+		return c, fmt.Errorf("name cluster: %w", err)
+	}
+	if ok {
+		return c, nil
+	}
+	return s.Cluster(ctx)
+}
+
+// Cluster reads what the cluster is called.
+func (s *Store) Cluster(ctx context.Context) (ClusterInfo, error) {
+	var c ClusterInfo
+	if err := s.getJSON(ctx, clusterKey, &c); err != nil {
+		return c, fmt.Errorf("read cluster name: %w", err)
+	}
+	return c, nil
+}
+
+// PutHost publishes a host.
+func (s *Store) PutHost(ctx context.Context, h HostInfo) error {
+	val, err := json.Marshal(h)
+	if err != nil {
+		return fmt.Errorf("publish host %q: %w", h.Name, err)
+	}
+	if _, err := s.txn(ctx, nil, []clientv3.Op{clientv3.OpPut(hostDir+h.Name, string(val))}); err != nil {
+		return fmt.Errorf("publish host %q: %w", h.Name, err)
+	}
+	return nil
+}
+
+// Host reads a host's own words linearizably; ErrNotFound where there is none.
+func (s *Store) Host(ctx context.Context, name string) (HostInfo, error) {
+	var h HostInfo
+	if err := s.getJSON(ctx, hostDir+name, &h); err != nil {
+		return h, fmt.Errorf("read host %q: %w", name, err)
+	}
+	return h, nil
+}
+
+// PutToken stores a join token until it expires.
+func (s *Store) PutToken(ctx context.Context, t Token) error {
+	val, err := json.Marshal(t)
+	if err != nil {
+		return fmt.Errorf("store token: %w", err)
+	}
+	if _, err := s.txn(ctx, nil, []clientv3.Op{clientv3.OpPut(tokenDir+t.ID, string(val))}); err != nil {
+		return fmt.Errorf("store token: %w", err)
+	}
+	return nil
+}
+
+// UseToken takes a token out of the store if its secret's hash and role are the
+// given ones and it has not expired at now. It succeeds for one caller only.
+// ErrNotFound covers a wrong secret too, so that nobody learns which it was.
+func (s *Store) UseToken(ctx context.Context, id, secretHash, role string, now time.Time) error {
+	key := tokenDir + id
+	var t Token
+	if err := s.getJSON(ctx, key, &t); err != nil {
+		return fmt.Errorf("use token: %w", err)
+	}
+	if t.SecretHash != secretHash || t.Role != role || !now.Before(t.Expires) {
+		return fmt.Errorf("use token: %w", ErrNotFound)
+	}
+	val, err := json.Marshal(t)
+	if err != nil {
+		return fmt.Errorf("use token: %w", err)
+	}
+	ok, err := s.txn(ctx, []clientv3.Cmp{clientv3.Compare(clientv3.Value(key), "=", string(val))},
+		[]clientv3.Op{clientv3.OpDelete(key)})
+	if err != nil {
+		return fmt.Errorf("use token: %w", err)
+	}
+	if !ok {
+		return fmt.Errorf("use token: %w", ErrNotFound)
+	}
+	return nil
+}
+
+// SweepTokens removes tokens that expired before now.
+func (s *Store) SweepTokens(ctx context.Context, now time.Time) error {
+	var dead []string
+	err := s.do(ctx, func(ctx context.Context) error {
+		r, err := s.cli.Get(ctx, tokenDir, clientv3.WithPrefix())
+		if err != nil {
+			return fmt.Errorf("%w: %w", ErrUnavailable, err)
+		}
+		for _, kv := range r.Kvs {
+			var t Token
+			if json.Unmarshal(kv.Value, &t) == nil && !now.Before(t.Expires) {
+				dead = append(dead, string(kv.Key))
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("sweep tokens: %w", err)
+	}
+	for _, k := range dead {
+		if _, err := s.txn(ctx, nil, []clientv3.Op{clientv3.OpDelete(k)}); err != nil {
+			return fmt.Errorf("sweep tokens: %w", err)
+		}
+	}
+	return nil
+}
+
+// AliveTTL is how long a host counts as alive after it last said so.
+const AliveTTL = 3 * time.Second
+
+// KeepAlive says that a host is alive until ctx ends, under a lease. nonce is
+// new with each boot of the host's agent. It never gives up and returns ctx's
+// error. Being alive here is a hint for placement; it confirms no right.
+func (s *Store) KeepAlive(ctx context.Context, host, nonce string) error {
+	for {
+		err := s.keepAliveOnce(ctx, host, nonce)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil {
+			s.cfg.Logger.Debug("alive lease lost", "host", host, "error", err)
+		}
+		if !sleep(ctx, 300*time.Millisecond) {
+			return ctx.Err()
+		}
+	}
+}
+
+func (s *Store) keepAliveOnce(ctx context.Context, host, nonce string) error {
+	var id clientv3.LeaseID
+	err := s.do(ctx, func(ctx context.Context) error {
+		g, err := s.cli.Grant(ctx, int64(AliveTTL/time.Second))
+		if err != nil {
+			return fmt.Errorf("grant: %w", err)
+		}
+		if _, err := s.cli.Put(ctx, aliveDir+host, nonce, clientv3.WithLease(g.ID)); err != nil {
+			return fmt.Errorf("put: %w", err)
+		}
+		id = g.ID
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	lastOK := time.Now()
+	for sleep(ctx, AliveTTL/4) {
+		err := s.do(ctx, func(ctx context.Context) error {
+			_, err := s.cli.KeepAliveOnce(ctx, id)
+			return err
+		})
+		switch {
+		case err == nil:
+			lastOK = time.Now()
+		case time.Since(lastOK) > AliveTTL || !errors.Is(err, ErrUnavailable):
+			return fmt.Errorf("renew: %w", err)
+		}
+	}
+	// A host that goes of its own will says so; nobody waits for the lease.
+	bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), 500*time.Millisecond)
+	defer cancel()
+	_ = s.do(bye, func(ctx context.Context) error {
+		_, err := s.cli.Revoke(ctx, id)
+		return err
+	})
+	return ctx.Err()
+}
+
+// sleep waits and reports false where ctx ended first.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// splitVM takes a key below vmDir apart: VM and the rest ("spec", "record",
+// "endpoint/HOST").
+func splitVM(key string) (vm, rest string, ok bool) {
+	k, ok := strings.CutPrefix(key, vmDir)
+	if !ok {
+		return "", "", false
+	}
+	return strings.Cut(k, "/")
+}
