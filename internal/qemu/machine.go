@@ -5,26 +5,47 @@ import "perdure/internal/model"
 // Version is a version of QEMU.
 type Version struct{ Major, Minor, Micro int }
 
+// atLeast reports whether v is major.minor or newer.
+func (v Version) atLeast(major, minor int) bool {
+	return v.Major > major || v.Major == major && v.Minor >= minor
+}
+
+// The accelerators that Machine.Accel takes.
+const (
+	KVM = "kvm"
+	TCG = "tcg"
+)
+
+// Limits of a Machine. They follow from the fixed PCI slots: a device keeps
+// its slot whatever else the machine has, so that two hosts always agree.
+const (
+	MaxNICs  = 8
+	MaxDisks = 14
+)
+
+// RAMBlockID is the name of the block that holds the guest's memory, also
+// where that memory is not a file, so that state can move between both kinds.
+const RAMBlockID = "ram0"
+
 // Machine describes one QEMU process. What a guest can see of it is the same
 // on both hosts when everything but the paths is the same.
 type Machine struct {
 	Name   string
 	UUID   string
 	Type   string // versioned machine type, e.g. "pc-q35-7.2"
-	Accel  string // "kvm" or "tcg"
+	Accel  string // KVM or TCG
 	CPU    string // CPU model with flags; empty means "max"
 	VCPUs  int
 	Memory int64 // bytes, a multiple of 2 MiB
 
 	// FT asks for the rules of Level 3: a clock that pauses do not slow,
 	// nothing that a checkpoint would miss. TSCHz is the guest's fixed TSC
-	// frequency, needed for FT with kvm.
+	// frequency, needed for FT with KVM.
 	FT    bool
 	TSCHz int64
 
 	// MemPath is the file that holds the guest's RAM, mapped shared, allocated
-	// and locked at the start. Empty means anonymous memory. The RAM block is
-	// called ram0 in both cases.
+	// and locked at the start. Empty means anonymous memory.
 	MemPath string
 
 	Disks []Disk
@@ -46,9 +67,9 @@ type Machine struct {
 	QEMU     Version // of the binary, for options that changed; zero means the oldest supported, 7.2
 }
 
-// Disk is an NBD export on a Unix socket.
+// Disk is an NBD export on a Unix socket. QEMU connects to it when it starts.
 type Disk struct {
-	ID        string // "disk0"; also the node name and the serial number
+	ID        string // "disk0"; also the node's name and the serial number that the guest sees
 	Socket    string
 	Export    string
 	BootIndex int // position in the boot order from 1; 0: not bootable
@@ -68,10 +89,19 @@ type Firmware struct {
 	Vars string // this VM's variables, raw, writable
 }
 
-// FromSpec fills in what a VM's specification decides; the caller adds paths,
-// taps, Incoming, Sandbox, QEMU and TSCHz. Disks get the boot order of the specification.
-func FromSpec(s model.VMSpec) Machine { panic("not yet") }
-
-// Args returns the command line without the program's name, or an error that
-// says what in m is out of range. The guest's CPUs do not run before Cont.
-func Args(m Machine) ([]string, error) { panic("not yet") }
+// FromSpec fills in what a VM's specification decides. The caller adds paths,
+// taps, Incoming, Sandbox, QEMU and, for KVM, TSCHz. Disks boot in the order
+// of the specification and export under their own names.
+func FromSpec(s model.VMSpec) Machine {
+	m := Machine{
+		Name: s.Name, UUID: s.UUID, Type: s.Machine, Accel: s.Accel, CPU: s.CPU,
+		VCPUs: s.VCPUs, Memory: s.Memory, FT: s.Level == model.LevelFT, Append: s.Append,
+	}
+	for i, d := range s.Disks {
+		m.Disks = append(m.Disks, Disk{ID: d.ID, Export: d.ID, BootIndex: i + 1})
+	}
+	for _, n := range s.NICs {
+		m.NICs = append(m.NICs, NIC{ID: n.ID, MAC: n.MAC})
+	}
+	return m
+}

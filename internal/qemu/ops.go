@@ -2,6 +2,9 @@ package qemu
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
 	"time"
 )
 
@@ -23,71 +26,157 @@ const (
 type Stopped struct {
 	// Status is the run state after the command.
 	Status string
-	// WasRunning says that it was this Stop that made the guest stop. If false,
-	// something else had (see Status), and the caller must not Cont on its own.
+	// WasRunning says that it was this Stop that made the guest stop. If
+	// false, something else had (see Status), and the caller must not Cont on
+	// its own.
 	WasRunning bool
 }
 
-// Stop stops the guest's CPUs, drains and flushes its disks, and says whether
-// it was this call that did so.
-func (q *QMP) Stop(ctx context.Context) (Stopped, error) { panic("not yet") }
-
-// Cont lets the guest run. It returns when the CPUs have been told to.
-func (q *QMP) Cont(ctx context.Context) error { panic("not yet") }
-
-// Status returns the run state and whether CPUs run.
-func (q *QMP) Status(ctx context.Context) (status string, running bool, err error) { panic("not yet") }
-
-// SaveDevices returns the state of all devices and CPUs, without RAM, of a
-// stopped guest, appended to buf[:0] (about 80 KiB). The result can be handed to LoadDevices
-// of a QEMU with the same Machine.
-func (q *QMP) SaveDevices(ctx context.Context, buf []byte) ([]byte, error) { panic("not yet") }
-
-// LoadDevices fills a QEMU started with Machine.Incoming from data and returns
-// when the state is complete; the guest does not run yet. A refused state ends
-// QEMU; the error quotes its log.
-func (q *QMP) LoadDevices(ctx context.Context, data []byte) error { panic("not yet") }
-
-// AnnounceSelf lets the guest's NICs tell switches where they are now, again and again for d (at most 10 s).
-// It returns at once; QEMU does the repeating. Not while output is diverted: QEMU would divert these too.
-func (q *QMP) AnnounceSelf(ctx context.Context, d time.Duration) error { panic("not yet") }
-
-// SystemPowerdown presses the ACPI power button.
-func (q *QMP) SystemPowerdown(ctx context.Context) error { panic("not yet") }
-
-// Reset presses the reset button.
-func (q *QMP) Reset(ctx context.Context) error { panic("not yet") }
-
-// Quit ends QEMU. The connection's end is no error here.
-func (q *QMP) Quit(ctx context.Context) error { panic("not yet") }
-
-// SetLink plugs or unplugs the cable of a NIC (NIC.ID).
-func (q *QMP) SetLink(ctx context.Context, nic string, up bool) error { panic("not yet") }
-
-// PMemSave writes length bytes of guest-physical memory from addr to a file
-// that QEMU creates.
-func (q *QMP) PMemSave(ctx context.Context, addr, length int64, path string) error { panic("not yet") }
-
-// QueryBlockedReasons returns why QEMU thinks that this guest cannot be
-// migrated; empty means nothing stands against it.
-func (q *QMP) QueryBlockedReasons(ctx context.Context) ([]string, error) { panic("not yet") }
-
-// RAMBlock is one RAM block of QEMU.
-type RAMBlock struct {
-	Name string
-	Used int64 // bytes
+type statusReply struct {
+	Status  string `json:"status"`
+	Running bool   `json:"running"`
 }
 
-// RAMBlocks lists all RAM blocks (info ramblock).
-func (q *QMP) RAMBlocks(ctx context.Context) ([]RAMBlock, error) { panic("not yet") }
+// Stop stops the guest's CPUs, drains and flushes its disks, and says whether
+// it was this call that did so. When ctx ends first the guest may be stopped or not.
+func (q *QMP) Stop(ctx context.Context) (Stopped, error) {
+	q.stopMu.Lock()
+	defer q.stopMu.Unlock()
+	// The status is asked for in the same write: an I/O error or a panic may
+	// have been quicker by a moment, and its STOP looks like ours.
+	stop, status := command{name: "stop", swallow: "STOP"}, command{name: "query-status"}
+	if err := q.sendAll([]*command{&stop, &status}, nil); err != nil {
+		return Stopped{}, err
+	}
+	r := q.wait(ctx, stop.call, stop.id)
+	if r.err != nil {
+		q.forget(status.id)
+		return Stopped{}, r.err
+	}
+	s := q.wait(ctx, status.call, status.id)
+	if s.err != nil {
+		return Stopped{}, s.err
+	}
+	var st statusReply
+	if err := json.Unmarshal(s.value, &st); err != nil {
+		return Stopped{}, fmt.Errorf("read QEMU's status: %w", err)
+	}
+	return Stopped{Status: st.Status, WasRunning: r.seen && st.Status == StatusPaused}, nil
+}
 
-// CheckRAMBlocks returns the blocks that a checkpoint of ram0 and the device
-// state would miss, with the reason for each; none means that Level 3 may be had.
-func CheckRAMBlocks(blocks []RAMBlock) []string { panic("not yet") }
+// Cont lets the guest run. It returns when the CPUs have been told to.
+func (q *QMP) Cont(ctx context.Context) error {
+	q.stopMu.Lock()
+	defer q.stopMu.Unlock()
+	c, id, err := q.send("cont", nil, "RESUME", nil)
+	if err != nil {
+		return err
+	}
+	return q.wait(ctx, c, id).err
+}
 
-// Protectable returns, in one sentence each, why this running QEMU cannot be
-// checkpointed: migration blockers and RAM blocks. None: it can.
-func (q *QMP) Protectable(ctx context.Context) ([]string, error) { panic("not yet") }
+// Status returns the run state and whether CPUs run.
+func (q *QMP) Status(ctx context.Context) (status string, running bool, err error) {
+	var st statusReply
+	if err := q.query(ctx, "query-status", nil, &st); err != nil {
+		return "", false, err
+	}
+	return st.Status, st.Running, nil
+}
 
-// QueryDisks reports for each disk node whether it is in an I/O error state, by Disk.ID ("ok", "failed", "nospace").
-func (q *QMP) QueryDisks(ctx context.Context) (map[string]string, error) { panic("not yet") }
+// query is Execute with the result unmarshalled.
+func (q *QMP) query(ctx context.Context, command string, args, result any) error {
+	raw, err := q.Execute(ctx, command, args)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(raw, result); err != nil {
+		return fmt.Errorf("read result of %s: %w", command, err)
+	}
+	return nil
+}
+
+// do is Execute for commands without a result.
+func (q *QMP) do(ctx context.Context, command string, args any) error {
+	_, err := q.Execute(ctx, command, args)
+	return err
+}
+
+// maxAnnounce bounds AnnounceSelf; announcements must be over before output
+// is diverted again.
+const maxAnnounce = 10 * time.Second
+
+// AnnounceSelf lets the guest's NICs tell switches where they are now: at once
+// a few times, then every 200 ms for d (at most 10 s). It returns at once;
+// QEMU does the repeating. Not while output is diverted, nor less than d before:
+// QEMU's own frames have no header, and would come out of the diversion as garbage.
+func (q *QMP) AnnounceSelf(ctx context.Context, d time.Duration) error {
+	const initial, step, longest = 20, 50, 200 // ms
+	left, rounds := min(d, maxAnnounce).Milliseconds(), 1
+	for gap := int64(initial); left > 0; gap = min(gap+step, longest) {
+		left -= gap
+		rounds++
+	}
+	return q.do(ctx, "announce-self", map[string]int{"initial": initial, "max": longest, "rounds": rounds, "step": step})
+}
+
+// SystemPowerdown presses the ACPI power button.
+func (q *QMP) SystemPowerdown(ctx context.Context) error { return q.do(ctx, "system_powerdown", nil) }
+
+// Reset presses the reset button.
+func (q *QMP) Reset(ctx context.Context) error { return q.do(ctx, "system_reset", nil) }
+
+// Quit ends QEMU. The connection's end is no error here.
+func (q *QMP) Quit(ctx context.Context) error {
+	err := q.do(ctx, "quit", nil)
+	if errors.Is(err, ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+// SetLink plugs or unplugs the cable of a NIC (NIC.ID).
+func (q *QMP) SetLink(ctx context.Context, nic string, up bool) error {
+	return q.do(ctx, "set_link", map[string]any{"name": "dev-" + nic, "up": up})
+}
+
+// PMemSave writes length bytes of guest-physical memory from addr to a file
+// that QEMU makes. Only the first 3 GiB and what lies above 4 GiB are memory.
+func (q *QMP) PMemSave(ctx context.Context, addr, length int64, path string) error {
+	return q.do(ctx, "pmemsave", map[string]any{"val": addr, "size": length, "filename": path})
+}
+
+// DiskState is how a disk of the guest does.
+type DiskState string
+
+// The disk states. Other than DiskOK the guest was stopped by an I/O error.
+const (
+	DiskOK      DiskState = "ok"
+	DiskFailed  DiskState = "failed"
+	DiskNoSpace DiskState = "nospace"
+)
+
+// QueryDisks returns the state of each disk by Disk.ID.
+func (q *QMP) QueryDisks(ctx context.Context) (map[string]DiskState, error) {
+	var blocks []struct {
+		QDev     string    `json:"qdev"`
+		IOStatus DiskState `json:"io-status"`
+		Inserted *struct {
+			NodeName string `json:"node-name"`
+		} `json:"inserted"`
+	}
+	if err := q.query(ctx, "query-block", nil, &blocks); err != nil {
+		return nil, err
+	}
+	m := map[string]DiskState{}
+	for _, b := range blocks {
+		if b.Inserted == nil {
+			continue
+		}
+		if b.IOStatus == "" {
+			b.IOStatus = DiskOK
+		}
+		m[b.Inserted.NodeName] = b.IOStatus
+	}
+	return m, nil
+}
