@@ -112,9 +112,12 @@ type EvUnprotect struct{ Reason string }
 // is lost before it claims, the Side may order ActRun to go on here.
 type EvSwitchedOver struct{}
 
-// EvSwitchover (secondary) is the peer's TellSwitchover: the primary of run
+// EvSwitchover (secondary) is the peer's TellSwitchover of that term: the primary of run
 // Run hands the VM over. The Side claims at once.
-type EvSwitchover struct{ Run model.RunID }
+type EvSwitchover struct {
+	Run  model.RunID
+	Term model.Term
+}
 
 // EvForce (secondary holding memory) is a person's audited order to take over
 // whatever the record says of survivors; it makes the new branch Branch. Run
