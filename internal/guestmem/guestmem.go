@@ -19,10 +19,17 @@ package guestmem
 import (
 	"context"
 	"errors"
-	"iter"
+	"fmt"
 	"log/slog"
+	"math"
 	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // PageSize is the unit of dirty tracking, in bytes.
@@ -62,17 +69,136 @@ type Stats struct {
 	LastFlush            time.Duration // how long the last flush took
 	Collected            int64         // bytes waiting for the next Cut
 	PoolBytes            int64         // bytes of page buffers held, in use or kept for reuse
+	SweptTo              int64         // offset below which the last Sweep is done
+}
+
+// storeChunk bounds one push into the page cache: the kernel pins its pages meanwhile.
+const storeChunk = 128 << 10
+
+// poolKeep is how many bytes of page buffers are kept for reuse.
+const poolKeep = 64 << 20
+
+// RAM is one mounted RAM file.
+type RAM struct {
+	cfg  Config
+	pool *pool
+	col  *collector
+	dev  *device
+	help *flusher
+	devn mountID
+
+	flushMu   sync.Mutex
+	attached  bool // guarded by flushMu
+	flushes   atomic.Uint64
+	lastFlush atomic.Int64
+	swept     atomic.Int64
+
+	failOnce sync.Once
+	failed   chan struct{}
+	failErr  error // valid after failed is closed
+
+	closeOnce sync.Once
+	closeErr  error
+}
+
+func (c *Config) validate() error {
+	switch {
+	case c.Dir == "":
+		return errors.New("configure guest memory: no directory")
+	case c.Size <= 0 || c.Size%PageSize != 0 || c.Size/PageSize > math.MaxUint32:
+		return fmt.Errorf("configure guest memory: size %d is not a positive multiple of %d", c.Size, PageSize)
+	case len(c.Helper) == 0:
+		return errors.New("configure guest memory: no helper")
+	case c.CollectLimit < 0:
+		return errors.New("configure guest memory: collect limit below 0")
+	case os.Getpagesize() != PageSize:
+		return fmt.Errorf("configure guest memory: pages of this machine have %d bytes, only %d is known", os.Getpagesize(), PageSize)
+	}
+	return nil
 }
 
 // Open starts the helper, mounts the RAM file and begins to serve it. The
 // helper is started before the mount exists. On failure nothing is left behind.
-func Open(ctx context.Context, cfg Config) (*RAM, error) { return nil, errors.ErrUnsupported }
+func Open(ctx context.Context, cfg Config) (_ *RAM, err error) {
+	if err := cfg.validate(); err != nil {
+		return nil, err
+	}
+	if cfg.Dir, err = filepath.Abs(cfg.Dir); err != nil {
+		return nil, fmt.Errorf("find guest memory directory: %w", err)
+	}
+	if cfg.CollectLimit == 0 {
+		cfg.CollectLimit = max(cfg.Size/4, chunkSize)
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if err := prepareDir(cfg.Dir); err != nil {
+		return nil, err
+	}
+	r := &RAM{cfg: cfg, pool: &pool{keep: poolKeep / chunkSize}, failed: make(chan struct{})}
+	var undo []func()
+	defer func() {
+		if err != nil {
+			for _, f := range slices.Backward(undo) {
+				f()
+			}
+		}
+	}()
+	r.col = newCollector(r.pool, cfg.Size/PageSize, cfg.CollectLimit)
+	if r.help, err = startFlusher(cfg); err != nil {
+		return nil, err
+	}
+	undo = append(undo, func() { _ = r.help.close() })
+	fd, err := openDevice(cfg.Dir)
+	if err != nil {
+		return nil, err
+	}
+	r.dev = &device{fd: fd, size: cfg.Size, col: r.col, pool: r.pool, lost: r.fail,
+		owned: make(ownedPages, (cfg.Size/PageSize+63)/64)}
+	undo = append(undo, func() { _ = r.disconnect() })
+	if r.devn, err = findMount(cfg.Dir); err != nil {
+		return nil, err
+	}
+	if err := r.dev.start(); err != nil {
+		return nil, err
+	}
+	if err := tuneBDI(r.devn); err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("open guest memory: %w", err)
+	}
+	go r.watchHelper()
+	return r, nil
+}
 
-// RAM is one mounted RAM file.
-type RAM struct{ cfg Config }
+// watchHelper ends with the helper, which Close ends at the latest.
+func (r *RAM) watchHelper() {
+	<-r.help.done
+	if !r.dev.closing.Load() {
+		r.fail(fmt.Errorf("helper process ended by itself: %w", cmpErr(r.help.err, errHelperGone)))
+	}
+}
+
+func cmpErr(err, other error) error {
+	if err != nil {
+		return err
+	}
+	return other
+}
+
+// fail declares the memory lost.
+func (r *RAM) fail(err error) {
+	r.failOnce.Do(func() {
+		r.failErr = fmt.Errorf("%w: %w", ErrLost, err)
+		r.cfg.Log.Error("guest memory lost", "dir", r.cfg.Dir, "error", err)
+		r.col.fail(err)
+		close(r.failed)
+	})
+}
 
 // Path returns the path of the RAM file, the mem-path of QEMU.
-func (r *RAM) Path() string { return r.cfg.Dir + "/ram" }
+func (r *RAM) Path() string { return filepath.Join(r.cfg.Dir, fileName) }
 
 // Size returns the size of the RAM in bytes.
 func (r *RAM) Size() int64 { return r.cfg.Size }
@@ -81,138 +207,169 @@ func (r *RAM) Size() int64 { return r.cfg.Size }
 // preallocation by one flush in mode Discard, which stays set. Call it when
 // QEMU has opened and preallocated the file (QMP answers), before anything is
 // loaded into it that must be collected.
-func (r *RAM) Attach() error { return errors.ErrUnsupported }
+func (r *RAM) Attach() error {
+	r.col.setMode(Discard)
+	if err := r.help.attach(r.Path()); err != nil {
+		return fmt.Errorf("attach helper to guest memory: %w", err)
+	}
+	r.flushMu.Lock()
+	r.attached = true
+	r.flushMu.Unlock()
+	return r.Flush()
+}
 
 // SetMode sets what happens with pages from now on. What was collected before stays.
-func (r *RAM) SetMode(m Mode) {}
+func (r *RAM) SetMode(m Mode) { r.col.setMode(m) }
 
 // Flush makes the kernel hand over every dirty page and returns when all of
 // them are here. Called with the guest stopped it makes the set that Cut
 // returns complete; called while the guest runs it only shortens the next
 // flush. After an error the collected memory is void (ErrVoid) until Restart.
-func (r *RAM) Flush() error { return errors.ErrUnsupported }
+func (r *RAM) Flush() error {
+	r.flushMu.Lock()
+	defer r.flushMu.Unlock()
+	if !r.attached {
+		return fmt.Errorf("flush guest memory: %w", errNotAttached)
+	}
+	start, syn := time.Now(), r.dev.syn.Load()
+	err := r.help.flush()
+	if err == nil && r.dev.syn.Load() == syn {
+		err = errors.New("the kernel sent no FSYNC")
+	}
+	if err != nil {
+		r.col.fail(fmt.Errorf("flush: %w", err))
+	}
+	if err := r.col.voided(); err != nil {
+		return fmt.Errorf("flush guest memory: %w", err)
+	}
+	r.lastFlush.Store(int64(time.Since(start)))
+	r.flushes.Add(1)
+	return nil
+}
 
 // Cut takes everything collected since the last Cut. Call it only after a
 // successful Flush and while the guest is still stopped. It fails with ErrVoid
 // if pages were lost. The caller owns the set and must Release it.
-func (r *RAM) Cut() (*PageSet, error) { return nil, errors.ErrUnsupported }
+func (r *RAM) Cut() (*PageSet, error) { return r.col.cut() }
 
 // Restart drops what was collected and clears ErrVoid. The caller must send
 // all memory again.
-func (r *RAM) Restart() {}
+func (r *RAM) Restart() { r.col.restart() }
 
 // Store pushes pages into the page cache of the file, where the waiting QEMU
 // sees them at once. They stay clean: they do not come back as collected
 // pages. off and len(data) must be multiples of PageSize.
-func (r *RAM) Store(off int64, data []byte) error { return errors.ErrUnsupported }
+func (r *RAM) Store(off int64, data []byte) error {
+	if off < 0 || off%PageSize != 0 || len(data)%PageSize != 0 || off > r.cfg.Size || int64(len(data)) > r.cfg.Size-off {
+		return fmt.Errorf("store guest memory: %d bytes at %d are not whole pages of it", len(data), off)
+	}
+	for len(data) > 0 {
+		n := min(len(data), storeChunk)
+		// Before the store: from then on the page cache has the only copy.
+		r.dev.owned.setRun(uint32(off/PageSize), uint32(n/PageSize))
+		if errno := r.dev.store(off, data[:n]); errno != 0 {
+			return fmt.Errorf("store guest memory at %#x: %w", off, errno)
+		}
+		off, data = off+int64(n), data[n:]
+	}
+	return nil
+}
 
 // Sweep calls fn for all non-zero memory from offset from on, in ascending
 // order, in runs of whole pages (at most 1 MiB). data is valid until fn
 // returns. The guest may run: set mode Collect before, and what changes behind
 // the sweep is in a later Cut. After an error of fn the sweep ends with it.
-// Only one Sweep runs at a time. Progress: everything below off+len(data) is done.
+// Only one Sweep runs at a time; fn must not call Close. Stats tells how far it is.
 func (r *RAM) Sweep(ctx context.Context, from int64, fn func(off int64, data []byte) error) error {
-	return errors.ErrUnsupported
+	if from < 0 || from%PageSize != 0 || from > r.cfg.Size {
+		return fmt.Errorf("sweep guest memory: offset %d is not a page of it", from)
+	}
+	r.swept.Store(from)
+	if err := r.help.sweep(ctx, from, r.cfg.Size, &r.swept, fn); err != nil {
+		return fmt.Errorf("sweep guest memory: %w", err)
+	}
+	return nil
 }
 
 // Hash returns the XXH3 64-bit hash of each page (by page number) as the guest sees it now.
-func (r *RAM) Hash(pages []int64) ([]uint64, error) { return nil, errors.ErrUnsupported }
+func (r *RAM) Hash(pages []int64) ([]uint64, error) {
+	list := make([]uint64, len(pages))
+	for i, p := range pages {
+		if p < 0 || p >= r.cfg.Size/PageSize {
+			return nil, fmt.Errorf("hash guest memory: no page %d", p)
+		}
+		list[i] = uint64(p)
+	}
+	if err := r.help.hash(list); err != nil {
+		return nil, fmt.Errorf("hash guest memory: %w", err)
+	}
+	return list, nil
+}
 
 // Failed is closed when the memory is lost or no longer tracked; Err says why.
-func (r *RAM) Failed() <-chan struct{} { return nil }
+func (r *RAM) Failed() <-chan struct{} { return r.failed }
 
 // Err returns nil, or why Failed is closed (wraps ErrLost).
-func (r *RAM) Err() error { return nil }
+func (r *RAM) Err() error {
+	select {
+	case <-r.failed:
+		return r.failErr
+	default:
+		return nil
+	}
+}
 
 // Collected returns the bytes that wait for the next Cut.
-func (r *RAM) Collected() int64 { return 0 }
+func (r *RAM) Collected() int64 { return r.col.bytes.Load() }
 
 // Pressure delivers a value when Collected reached Config.CollectLimit: the epoch
-// should be cut early. At most one value is pending.
-func (r *RAM) Pressure() <-chan struct{} { return nil }
+// should be cut early. At most one value is pending; Cut takes it back.
+func (r *RAM) Pressure() <-chan struct{} { return r.col.pressure }
 
 // Stats returns counters.
-func (r *RAM) Stats() Stats { return Stats{} }
+func (r *RAM) Stats() Stats {
+	return Stats{
+		Writes: r.dev.writes.Load(), WrittenPages: r.dev.writtenPages.Load(), Reads: r.dev.reads.Load(),
+		Flushes: r.flushes.Load(), LastFlush: time.Duration(r.lastFlush.Load()),
+		Collected: r.col.bytes.Load(), PoolBytes: r.pool.bytes(), SweptTo: r.swept.Load(),
+	}
+}
 
 // Close ends the connection, unmounts, and reaps the helper. It never waits
-// for QEMU, which may still have the file mapped. It is idempotent.
-func (r *RAM) Close() error { return nil }
-
-// PageSet is the memory of one epoch: every page that changed, once, with its
-// last content. It is not safe for concurrent use, except for reading.
-type PageSet struct{}
-
-// Pages returns the number of pages.
-func (p *PageSet) Pages() int { return 0 }
-
-// Bytes returns Pages times PageSize.
-func (p *PageSet) Bytes() int64 { return 0 }
-
-// Extents yields the pages in order of arrival, in runs of whole pages. The data is valid until Release.
-func (p *PageSet) Extents() iter.Seq2[int64, []byte] { return nil }
-
-// PageNumbers returns the numbers of all pages, ascending (for the audit).
-func (p *PageSet) PageNumbers() []int64 { return nil }
-
-// Release gives the buffers back. The set is empty afterwards.
-func (p *PageSet) Release() {}
-
-// EncoderConfig tunes an Encoder; the zero value is usable.
-type EncoderConfig struct {
-	Parallel      int   // frames compressed at the same time, default 2
-	NoCompress    bool  // never compress
-	LinkRate      int64 // bytes per second that the links carry, 0 unknown; compression that is slower than sending is skipped
-	SkipUnchanged bool  // keep a 64-bit hash per page and leave out pages sent before with the same content
-	Size          int64 // bytes of RAM, needed by SkipUnchanged only
+// for QEMU, which may still have the file mapped. It is idempotent. Sets that were cut stay valid
+// until their Release.
+func (r *RAM) Close() error {
+	r.closeOnce.Do(func() {
+		derr := r.disconnect()
+		r.closeErr = errors.Join(derr, r.help.close())
+		r.col.restart()
+		r.pool.close()
+	})
+	return r.closeErr
 }
 
-// Encoder turns page sets into frames. It adapts to what it sees. One caller at a time.
-type Encoder struct{}
-
-// NewEncoder returns an encoder.
-func NewEncoder(cfg EncoderConfig) *Encoder { return nil }
-
-// EncodeStats says what an Encode did.
-type EncodeStats struct {
-	Pages, ZeroPages, SkippedPages int   // all, of these zero, of these left out as unchanged
-	Frames                         int   // frames emitted
-	Bytes                          int64 // bytes of all frames
+// disconnect aborts the connection, so that nobody waits for this process any more, unmounts, and waits for the readers.
+func (r *RAM) disconnect() error {
+	r.dev.closing.Store(true)
+	abortErr := abortConnection(r.devn)
+	// With MNT_FORCE the kernel aborts the connection too, in case the first way was closed.
+	err := unix.Unmount(r.cfg.Dir, unix.MNT_FORCE|unix.MNT_DETACH)
+	if err != nil {
+		err = errors.Join(fmt.Errorf("unmount %s: %w", r.cfg.Dir, err), abortErr)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		r.dev.wg.Wait()
+		unix.Close(r.dev.fd)
+	}()
+	select {
+	case <-done:
+	case <-time.After(closeGrace):
+		err = errors.Join(err, errors.New("end FUSE readers: they still wait"))
+	}
+	return err
 }
 
-// Encode calls emit with each frame of the set, in order. The frame is valid until emit returns.
-func (e *Encoder) Encode(ps *PageSet, emit func(frame []byte) error) (EncodeStats, error) {
-	return EncodeStats{}, errors.ErrUnsupported
-}
-
-// EncodeRun appends one frame that holds one run of pages (for Sweep, at most 256 KiB of
-// data per frame; longer runs give several frames) and calls emit as Encode does.
-func (e *Encoder) EncodeRun(off int64, data []byte, emit func(frame []byte) error) error {
-	return errors.ErrUnsupported
-}
-
-// Reset forgets what was sent (SkipUnchanged): call it when the other side starts from nothing.
-func (e *Encoder) Reset() {}
-
-// DecodePages checks a frame whole and then calls fn for each run of pages in it
-// (off and len(data) are multiples of PageSize, off+len(data) ≤ size). Nothing is
-// handed to fn before the checksum of the decoded pages was found right.
-// data is valid until fn returns.
-func DecodePages(frame []byte, size int64, fn func(off int64, data []byte) error) error {
-	return errors.ErrUnsupported
-}
-
-// HelperMain is the main of the helper process; it returns the exit status.
-func HelperMain(args []string) int { return 2 }
-
-// Probe mounts a small RAM under dir and checks that this kernel tracks dirty
-// pages as the package needs it. It takes about a second and leaves nothing behind.
-func Probe(ctx context.Context, dir string, helper []string) error { return errors.ErrUnsupported }
-
-// CheckLimits returns what is wrong with limits of this process and host for RAM
-// of size bytes, in words for people; none if all is well.
-func CheckLimits(size int64) []string { return nil }
-
-// HardenProcess locks the memory of this process, marks it as one that cleans dirty
-// memory (PR_SET_IO_FLUSHER) and lowers its OOM score. Best effort: the
-// error says what did not work.
-func HardenProcess() error { return errors.ErrUnsupported }
+// closeGrace is how long readers may take to notice that the connection is gone.
+const closeGrace = 3 * time.Second
