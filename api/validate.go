@@ -23,26 +23,31 @@ const (
 	DiskGrain   = int64(4096)
 	MaxDisks    = 16
 	MaxNICs     = 8
-	MaxName     = 40   // bounds the length of Unix socket paths below the state directory
+	MaxName     = 40   // of a VM; bounds the length of Unix socket paths below the state directory
+	MaxHostName = 63
 	MaxAppend   = 2048 // the kernel's own limit on x86
 	MaxTokenTTL = 30 * 24 * time.Hour
 )
 
 var (
-	nameRE   = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9._-]*$`)
+	nameRE   = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]*[a-z0-9])?$`)
 	bridgeRE = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9._-]{0,14}$`)
 	cpuRE    = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.,+=-]{0,255}$`)
 )
 
 // CheckName says what is wrong with a name; what is "VM" or "host".
 func CheckName(what, name string) error {
+	limit := MaxName
+	if what == "host" {
+		limit = MaxHostName
+	}
 	switch {
 	case name == "":
 		return Errorf(Invalid, "%s name is empty", what)
-	case len(name) > MaxName:
-		return Errorf(Invalid, "%s name %q has %d characters; allowed are 1 to %d", what, name, len(name), MaxName)
+	case len(name) > limit:
+		return Errorf(Invalid, "%s name %q has %d characters; allowed are 1 to %d", what, name, len(name), limit)
 	case !nameRE.MatchString(name):
-		return Errorf(Invalid, "%s name %q: allowed are letters, digits, '-', '_' and '.', beginning with a letter or digit", what, name)
+		return Errorf(Invalid, "%s name %q is not allowed; allowed are a to z, 0 to 9 and -, beginning and ending with a letter or digit", what, name)
 	}
 	return nil
 }

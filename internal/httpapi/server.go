@@ -188,7 +188,11 @@ func identify(r *http.Request) (string, bool) {
 		return "local", true
 	}
 	if r.TLS != nil && len(r.TLS.VerifiedChains) > 0 {
-		return r.TLS.PeerCertificates[0].Subject.CommonName, true
+		leaf := r.TLS.PeerCertificates[0]
+		if len(leaf.DNSNames) > 0 {
+			return leaf.DNSNames[0], true
+		}
+		return leaf.Subject.CommonName, true
 	}
 	return "", false
 }
