@@ -1,0 +1,225 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"math/rand/v2"
+	"time"
+
+	"perdure/internal/blockstore"
+	"perdure/internal/guestmem"
+	"perdure/internal/model"
+	"perdure/internal/netbuf"
+)
+
+// captured is one epoch as the primary holds it until its output has left.
+type captured struct {
+	epoch   model.Epoch
+	flags   uint32
+	at      time.Time // when the guest was stopped
+	done    time.Time // when it went on
+	dev     []byte
+	pages   *guestmem.PageSet
+	disks   []*blockstore.EpochWrites // by disk, nil entries: nothing written
+	frames  []netbuf.Frames           // by NIC
+	ports   [][]byte                  // by character device
+	audit   []pageHash
+	since   time.Time // when the oldest output in it came
+	held    int64
+	guestNS int64
+
+	committed bool // its disk writes are applied in place; one goroutine at a time
+
+	persisted chan struct{} // closed when its disk writes are in the local journal, durable as far as flushed
+	released  chan struct{} // closed when its output has left
+}
+
+// pageHash is one audited page.
+type pageHash struct {
+	Page uint64
+	Hash uint64
+}
+
+// Audited pages of each epoch: some that changed, some from anywhere.
+const (
+	auditChanged = 4
+	auditRandom  = 4
+)
+
+// flush reports whether a disk write of this epoch was promised to be durable.
+func (c *captured) flush() bool {
+	for _, w := range c.disks {
+		if w != nil && (w.FlushWithin() || w.FlushBefore()) {
+			return true
+		}
+	}
+	return false
+}
+
+// capture stops the guest and takes everything that makes up one epoch: device
+// state, dirty pages, held output, disk writes. stopped, if given, runs first
+// while the guest stands still. With stay the guest is left standing.
+//
+// The order matters: devices before the flush, since saving them may write to
+// guest memory; the flush before the output is read, since it takes longest and
+// reading finds everything the guest ever sent in any order.
+func (p *primary) capture(flags uint32, stay bool, stopped func() error) (c *captured, err error) {
+	p.relMu.Lock()
+	defer p.relMu.Unlock()
+	p.ramMu.Lock()
+	defer p.ramMu.Unlock()
+	ctx, cancel := context.WithTimeout(p.ctx, qmpTimeout)
+	defer cancel()
+
+	if err := p.holdInput(ctx); err != nil {
+		return nil, err
+	}
+	defer p.unholdInput()
+	for _, v := range p.inst.vols {
+		v.BeginStop()
+	}
+	c = &captured{flags: flags, at: time.Now(), persisted: make(chan struct{}), released: make(chan struct{})}
+	start := bootNow()
+	st, err := p.stop()
+	if err != nil {
+		return nil, err
+	}
+	if stopped != nil {
+		if err := stopped(); err != nil {
+			return nil, err
+		}
+	}
+	if !st.WasRunning {
+		p.stands(st.Status)
+	}
+	if err := p.take(ctx, c); err != nil {
+		return nil, errors.Join(err, p.contUnless(stay || !st.WasRunning))
+	}
+	if err := p.contUnless(stay || !st.WasRunning); err != nil {
+		return nil, err
+	}
+	c.done = time.Now()
+	c.guestNS = int64(p.inst.guestTime())
+	p.pacer.Captured(start, bootNow())
+	p.s.stats.captured(c.at, c.done.Sub(c.at), c.pages.Pages())
+	return c, nil
+}
+
+// contUnless lets the guest run on, unless something else made it stand still.
+func (p *primary) contUnless(stay bool) error {
+	if stay {
+		return nil
+	}
+	return p.resume()
+}
+
+func (p *primary) holdInput(ctx context.Context) error {
+	for _, port := range p.inst.ports() {
+		if err := port.Hold(ctx); err != nil {
+			return fmt.Errorf("hold input of a character device: %w", err)
+		}
+	}
+	for _, d := range p.inst.nics {
+		if err := d.Hold(ctx); err != nil {
+			return fmt.Errorf("hold frames of %s: %w", d.NIC(), err)
+		}
+	}
+	return nil
+}
+
+func (p *primary) unholdInput() {
+	for _, d := range p.inst.nics {
+		d.Unhold()
+	}
+	for _, port := range p.inst.ports() {
+		port.Unhold()
+	}
+}
+
+// take collects the state of the stopped guest.
+func (p *primary) take(ctx context.Context, c *captured) error {
+	i := p.inst
+	var err error
+	if _, _, c.since = i.waiting(); c.since.IsZero() {
+		c.since = c.at
+	}
+	if c.dev, err = i.qmp.SaveDevices(ctx, nil); err != nil {
+		return fmt.Errorf("save device state: %w", err)
+	}
+	if err := i.ram.Flush(); err != nil {
+		return fmt.Errorf("collect memory: %w", err)
+	}
+	if c.pages, err = i.ram.Cut(); err != nil {
+		return fmt.Errorf("collect memory: %w", err)
+	}
+	for _, d := range i.nics {
+		f, err := d.Drain(ctx)
+		if err != nil {
+			return fmt.Errorf("collect output of %s: %w", d.NIC(), err)
+		}
+		c.held += f.Bytes()
+		c.frames = append(c.frames, f)
+	}
+	for _, port := range i.ports() {
+		b := port.Cut()
+		c.held += int64(len(b))
+		c.ports = append(c.ports, b)
+	}
+	for _, v := range i.vols {
+		c.disks = append(c.disks, v.Cut())
+	}
+	if c.audit, err = p.auditPages(c.pages); err != nil {
+		return fmt.Errorf("audit memory: %w", err)
+	}
+	p.mu.Lock()
+	p.last++
+	c.epoch = p.last
+	p.mu.Unlock()
+	return nil
+}
+
+// auditPages hashes some pages as the guest sees them, for the secondary to
+// compare with what it has after applying.
+func (p *primary) auditPages(ps *guestmem.PageSet) ([]pageHash, error) {
+	var pages []int64
+	for off, data := range ps.Extents() {
+		if len(pages) >= auditChanged {
+			break
+		}
+		pages = append(pages, (off+rand.Int64N(int64(len(data))))/guestmem.PageSize)
+	}
+	for range auditRandom {
+		pages = append(pages, rand.Int64N(p.s.cfg.Spec.Memory/guestmem.PageSize))
+	}
+	sums, err := p.inst.ram.Hash(pages)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]pageHash, len(pages))
+	for n := range pages {
+		out[n] = pageHash{uint64(pages[n]), sums[n]}
+	}
+	return out, nil
+}
+
+// end builds the closing message of an epoch against the device state before it.
+func (c *captured) end(h endHeader, prev []byte) []byte {
+	wire, delta := packDevices(c.dev, prev)
+	h.Epoch, h.Flags, h.GuestNS = uint64(c.epoch), c.flags, c.guestNS
+	h.PageCount = uint32(c.pages.Pages())
+	h.DevLen, h.DevWire, h.DevCRC = uint32(len(c.dev)), uint32(len(wire)), crc32.Checksum(c.dev, castagnoli)
+	if delta {
+		h.DevDelta = 1
+	}
+	if len(c.ports) > 0 {
+		h.Console = uint32(len(c.ports[0]))
+	}
+	h.Audits = uint32(len(c.audit))
+	out := append(pack(h), wire...)
+	if len(c.ports) > 0 {
+		out = append(out, c.ports[0]...)
+	}
+	return append(out, pack(c.audit)...)
+}

@@ -1,0 +1,147 @@
+package shim
+
+import (
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// bootNow is CLOCK_BOOTTIME since the host booted. Rights are measured by it,
+// since it goes on while the host or this process is suspended.
+func bootNow() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		panic("read CLOCK_BOOTTIME: " + err.Error()) // cannot fail on any Linux since 2.6.39
+	}
+	return time.Duration(ts.Nano())
+}
+
+// gateSpan is how far ahead of a confirmed right the kernel's gate may stay
+// open: the longest time for which a dead or frozen shim's guest is heard.
+const gateSpan = 300 * time.Millisecond
+
+// kernelGate is the last gate (see hostnet.Gate): it closes by itself.
+type kernelGate interface {
+	Open(taps []string, d time.Duration) error
+	Close(taps []string) error
+}
+
+// outputRule is what the authority lets this instance do with output.
+type outputRule int
+
+const (
+	ruleNone  outputRule = iota // nothing leaves
+	ruleAcked                   // epochs leave when the secondary has acknowledged them
+	ruleFree                    // everything leaves at once
+)
+
+// gatekeeper keeps the kernel's gate open as far as the right reaches, and no
+// further.
+//
+// Invariant: gate renewal and the writing of released output exclude each
+// other (mu), so that a process frozen between reading the clock and opening
+// the gate has no output of its own waiting behind it.
+type gatekeeper struct {
+	gate kernelGate
+	taps []string
+	now  func() time.Duration
+
+	mu       sync.Mutex
+	rule     outputRule
+	right    time.Duration // ruleAcked: until when, CLOCK_BOOTTIME
+	openTill time.Duration // what the kernel was told last
+	fault    error         // last failure to tell the kernel
+}
+
+func newGatekeeper(g kernelGate, taps []string) *gatekeeper {
+	return &gatekeeper{gate: g, taps: taps, now: bootNow}
+}
+
+// setRule changes the rule. Losing a right closes the gate before it returns.
+func (k *gatekeeper) setRule(r outputRule) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.rule = r
+	k.right = 0
+	if r == ruleNone {
+		k.openTill = 0
+		if len(k.taps) > 0 {
+			k.fault = k.gate.Close(k.taps)
+		}
+		return
+	}
+	k.renewLocked()
+}
+
+// confirm extends the right of ruleAcked: the secondary answered, in this term
+// and run and still acknowledging, something that was sent at sentAt.
+func (k *gatekeeper) confirm(sentAt time.Duration) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if r := sentAt + gateSpan; r > k.right {
+		k.right = r
+	}
+	k.renewLocked()
+}
+
+// tick renews a right that needs no confirmation.
+func (k *gatekeeper) tick() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.renewLocked()
+}
+
+func (k *gatekeeper) until() time.Duration {
+	switch k.rule {
+	case ruleFree:
+		return k.now() + gateSpan
+	case ruleAcked:
+		return k.right
+	}
+	return 0
+}
+
+// renewLocked tells the kernel when at least a third of the span was used up.
+func (k *gatekeeper) renewLocked() {
+	until := k.until()
+	now := k.now()
+	if until-now < gateSpan/10 || until-k.openTill < gateSpan/3 || len(k.taps) == 0 {
+		return
+	}
+	err := k.gate.Open(k.taps, until-now)
+	if late := k.now() - until; err == nil && late > 0 {
+		// This process stood still between the clock and the kernel: what it
+		// opened is not its right any more.
+		err = k.gate.Close(k.taps)
+		k.openTill = 0
+		k.fault = err
+		return
+	}
+	k.fault = err
+	if err == nil {
+		k.openTill = until
+	}
+}
+
+// whileOpen runs send if output may leave now and reports whether it did. No
+// renewal happens meanwhile.
+func (k *gatekeeper) whileOpen(send func() error) (bool, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.renewLocked()
+	if k.rule == ruleNone {
+		return false, nil
+	}
+	if len(k.taps) > 0 && k.openTill-k.now() < gateSpan/10 {
+		return false, nil
+	}
+	return true, send()
+}
+
+// lastFault returns why the kernel could not be told, if so.
+func (k *gatekeeper) lastFault() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.fault
+}

@@ -1,0 +1,346 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"perdure/internal/blockstore"
+	"perdure/internal/chardev"
+	"perdure/internal/guestmem"
+	"perdure/internal/hostnet"
+	"perdure/internal/model"
+	"perdure/internal/nbd"
+	"perdure/internal/netbuf"
+	"perdure/internal/qemu"
+	"perdure/internal/shimapi"
+	"perdure/internal/vfs"
+)
+
+// startTimeout bounds how long a QEMU may take to answer: it allocates and
+// locks all of the guest's memory first.
+const startTimeout = 2 * time.Minute
+
+// instance is one QEMU with everything around it. It decides nothing.
+type instance struct {
+	cfg     shimapi.Config
+	log     *slog.Logger
+	ft      bool // memory on FUSE, output diverted
+	ram     *guestmem.RAM
+	proc    *qemu.Process
+	qmp     *qemu.QMP
+	serial  *chardev.Port
+	gagent  *chardev.Port
+	nics    []*netbuf.Diverter
+	stores  []*blockstore.Store
+	vols    []*blockstore.Volume
+	taps    []string
+	undo    []func()
+	bound   chan struct{} // held output crossed its bound
+	devices []byte        // buffer of the last saved device state
+
+	closeOnce sync.Once
+
+	mu      sync.Mutex
+	running bool
+	since   time.Time     // of running
+	ran     time.Duration // before
+}
+
+// ports lists the character devices that exist.
+func (i *instance) ports() []*chardev.Port {
+	var out []*chardev.Port
+	for _, p := range []*chardev.Port{i.serial, i.gagent} {
+		if p != nil {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+func tapNames(spec model.VMSpec) []string {
+	var out []string
+	for n := range spec.NICs {
+		out = append(out, hostnet.TapName(spec.UUID, n))
+	}
+	return out
+}
+
+// build makes everything and starts QEMU, paused. With incoming it waits for a
+// state. On failure nothing is left behind.
+func build(ctx context.Context, cfg shimapi.Config, incoming bool, lock *os.File, helper []string, log *slog.Logger) (inst *instance, err error) {
+	i := &instance{cfg: cfg, log: log, ft: cfg.Spec.Level == model.LevelFT, bound: make(chan struct{}, 1)}
+	defer func() {
+		if err != nil {
+			i.close()
+		}
+	}()
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	steps := []struct {
+		what string
+		do   func() error
+	}{
+		{"make taps", i.makeTaps},
+		{"mount guest memory", func() error { return i.mountRAM(ctx, lock, helper) }},
+		{"open disks", func() error { return i.openDisks(incoming) }},
+		{"listen for character devices", i.listenPorts},
+		{"start QEMU", func() error { return i.start(ctx, incoming, lock) }},
+		{"attach to guest memory", i.attachRAM},
+		{"divert output", func() error { return i.divert(ctx) }},
+	}
+	for _, s := range steps {
+		if err := s.do(); err != nil {
+			return nil, fmt.Errorf("%s: %w", s.what, err)
+		}
+	}
+	return i, nil
+}
+
+func (i *instance) onClose(f func()) { i.undo = append(i.undo, f) }
+
+func (i *instance) makeTaps() error {
+	for n, nic := range i.cfg.Spec.NICs {
+		tap := hostnet.TapName(i.cfg.Spec.UUID, n)
+		if err := hostnet.CreateTap(tap, nic.Bridge, i.cfg.Spec.Name+" "+nic.ID); err != nil {
+			return err
+		}
+		i.onClose(func() { hostnet.DeleteTap(tap) })
+		i.taps = append(i.taps, tap)
+	}
+	return nil
+}
+
+func (i *instance) mountRAM(ctx context.Context, lock *os.File, helper []string) error {
+	if !i.ft {
+		return nil
+	}
+	ram, err := guestmem.Open(ctx, guestmem.Config{Dir: filepath.Join(i.cfg.Dir, "mem"), Size: i.cfg.Spec.Memory,
+		Helper: helper, LockFD: lock, Log: i.log})
+	if err != nil {
+		return err
+	}
+	i.ram = ram
+	i.onClose(func() { ram.Close() })
+	return nil
+}
+
+// openDisks opens the replicas and serves them by NBD. A guest that boots from
+// them gets everything the journal holds first.
+func (i *instance) openDisks(incoming bool) error {
+	if len(i.cfg.Spec.Disks) == 0 {
+		return nil
+	}
+	dir := filepath.Join(i.cfg.Dir, shimapi.DiskDir)
+	exports := map[string]nbd.Backend{}
+	for _, d := range i.cfg.Spec.Disks {
+		st, err := blockstore.Open(vfs.OS{}, dir, d.ID, blockstore.Options{})
+		if err != nil {
+			return fmt.Errorf("disk %s: %w", d.ID, err)
+		}
+		i.onClose(func() { st.Close() })
+		i.stores = append(i.stores, st)
+		if !incoming {
+			n, err := st.Replay()
+			if err != nil {
+				return fmt.Errorf("replay journal of disk %s: %w", d.ID, err)
+			}
+			i.log.Info("journal replayed", "disk", d.ID, "epochs", n)
+		}
+		v := blockstore.NewVolume(st, blockstore.VolumeOptions{})
+		i.vols = append(i.vols, v)
+		exports[d.ID] = v
+	}
+	ln, err := listenUnix(i.nbdPath())
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := nbd.Serve(ctx, ln, exports, nbd.Options{}); err != nil && ctx.Err() == nil {
+			i.log.Error("disk server ended", "error", err)
+		}
+	}()
+	i.onClose(func() { cancel(); ln.Close(); <-done })
+	return nil
+}
+
+func (i *instance) nbdPath() string { return filepath.Join(i.cfg.Dir, "nbd.sock") }
+
+func listenUnix(path string) (net.Listener, error) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("remove old socket: %w", err)
+	}
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	return ln, nil
+}
+
+func (i *instance) listenPorts() error {
+	full := func(int) { i.signalBound() }
+	var err error
+	if i.serial, err = chardev.Listen(filepath.Join(i.cfg.Dir, "serial.sock"), chardev.Options{OnBound: full}); err != nil {
+		return err
+	}
+	i.onClose(func() { i.serial.Close() })
+	if i.gagent, err = chardev.Listen(filepath.Join(i.cfg.Dir, "agent.sock"), chardev.Options{OnBound: full}); err != nil {
+		return err
+	}
+	i.onClose(func() { i.gagent.Close() })
+	return nil
+}
+
+func (i *instance) signalBound() {
+	select {
+	case i.bound <- struct{}{}:
+	default:
+	}
+}
+
+// machine describes the QEMU process of this host.
+func (i *instance) machine(incoming bool) qemu.Machine {
+	m := qemu.FromSpec(i.cfg.Spec)
+	m.Incoming = incoming
+	m.QMPPath = filepath.Join(i.cfg.Dir, "qmp.sock")
+	m.SerialPath = filepath.Join(i.cfg.Dir, "serial.sock")
+	m.AgentPath = filepath.Join(i.cfg.Dir, "agent.sock")
+	m.Kernel, m.Initrd, m.Append = i.cfg.KernelPath, i.cfg.InitrdPath, i.cfg.Spec.Append
+	if i.cfg.Spec.VNC {
+		m.VNCPath = filepath.Join(i.cfg.Dir, "vnc.sock")
+	}
+	if i.ram != nil {
+		m.MemPath = i.ram.Path()
+	}
+	for n := range m.Disks {
+		m.Disks[n].Socket, m.Disks[n].Export = i.nbdPath(), m.Disks[n].ID
+	}
+	for n := range m.NICs {
+		m.NICs[n].Tap = i.taps[n]
+	}
+	return m
+}
+
+func (i *instance) start(ctx context.Context, incoming bool, lock *os.File) error {
+	args, err := qemu.Args(i.machine(incoming))
+	if err != nil {
+		return err
+	}
+	i.proc, err = qemu.Start(ctx, i.cfg.QEMU, args, qemu.StartOptions{LockFile: lock, LogPath: filepath.Join(i.cfg.Dir, "qemu.log"),
+		PIDFile: filepath.Join(i.cfg.Dir, shimapi.QEMUPID), OOMScoreAdj: -500, Dir: i.cfg.Dir})
+	if err != nil {
+		return err
+	}
+	i.onClose(i.kill)
+	i.qmp, err = qemu.DialQMP(ctx, filepath.Join(i.cfg.Dir, "qmp.sock"), i.proc.LogTail)
+	if err != nil {
+		return fmt.Errorf("%w (QEMU says: %s)", err, i.proc.LogTail(1000))
+	}
+	i.onClose(func() { i.qmp.Close() })
+	return nil
+}
+
+// kill ends QEMU and waits until it is gone.
+func (i *instance) kill() {
+	if err := i.proc.Kill(); err != nil {
+		i.log.Error("kill QEMU", "error", err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	if _, err := i.proc.Wait(ctx); err != nil {
+		i.log.Error("QEMU does not end", "error", err)
+		return
+	}
+	os.Remove(filepath.Join(i.cfg.Dir, shimapi.QEMUPID))
+}
+
+func (i *instance) attachRAM() error {
+	if i.ram == nil {
+		return nil
+	}
+	return i.ram.Attach()
+}
+
+func (i *instance) divert(ctx context.Context) error {
+	if !i.ft {
+		return nil
+	}
+	for _, nic := range i.cfg.Spec.NICs {
+		d, err := netbuf.Divert(ctx, i.qmp, nic.ID, i.cfg.Dir, netbuf.Options{OnBound: func(string, int64) { i.signalBound() }})
+		if err != nil {
+			return fmt.Errorf("%s: %w", nic.ID, err)
+		}
+		i.onClose(func() { d.Close() })
+		i.nics = append(i.nics, d)
+	}
+	return nil
+}
+
+// close ends QEMU and takes everything away, in the reverse order.
+func (i *instance) close() {
+	i.closeOnce.Do(func() {
+		for n := len(i.undo) - 1; n >= 0; n-- {
+			i.undo[n]()
+		}
+	})
+}
+
+// noteRunning keeps the account of guest time.
+func (i *instance) noteRunning(on bool) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	now := time.Now()
+	if i.running {
+		i.ran += now.Sub(i.since)
+	}
+	i.running, i.since = on, now
+}
+
+// guestTime is how long the guest's CPUs have been let run on this host.
+func (i *instance) guestTime() time.Duration {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.running {
+		return i.ran + time.Since(i.since)
+	}
+	return i.ran
+}
+
+// waiting tells what output is held and not captured yet.
+func (i *instance) waiting() (any bool, bytes int64, since time.Time) {
+	note := func(n int64, s time.Time) {
+		if n == 0 {
+			return
+		}
+		any, bytes = true, bytes+n
+		if since.IsZero() || s.Before(since) {
+			since = s
+		}
+	}
+	for _, d := range i.nics {
+		_, b, s := d.Waiting()
+		note(b, s)
+	}
+	for _, p := range i.ports() {
+		b, s := p.Waiting()
+		note(int64(b), s)
+	}
+	return any, bytes, since
+}
+
+func (i *instance) diskHeld() int64 {
+	var n int64
+	for _, v := range i.vols {
+		n += v.HeldBytes()
+	}
+	return n
+}

@@ -1,0 +1,150 @@
+package shim
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"perdure/internal/authority"
+	"perdure/internal/model"
+	"perdure/internal/shimapi"
+)
+
+// errNotRunning refuses an operation that needs the running copy.
+var errNotRunning = errors.New("this host does not run the VM")
+
+// do carries out an operation of the agent or a person.
+func (s *Shim) do(ctx context.Context, op shimapi.Op) (string, error) {
+	switch op.Op {
+	case "protect":
+		if s.cfg.Spec.Level != model.LevelFT {
+			return "", fmt.Errorf("the VM has level %q; only level %q has a secondary", s.cfg.Spec.Level, model.LevelFT)
+		}
+		if err := s.protectable(ctx); err != nil {
+			return "", err
+		}
+		return "filling host " + op.Host, s.ask(ctx, authority.EvProtect{Host: op.Host})
+	case "unprotect":
+		return "", s.ask(ctx, authority.EvUnprotect{Reason: "asked for"})
+	case "survivor":
+		return "", s.ask(ctx, authority.EvSurvivor{On: op.Value == "on", Confirmed: op.Value == "on"})
+	case "peer-dead":
+		return "", s.ask(ctx, authority.EvPeerDead{Run: model.RunID(op.Value)})
+	case "takeover":
+		if !op.Force {
+			return "", errors.New("a takeover that the cluster did not decide needs force")
+		}
+		return "", s.ask(ctx, authority.EvForce{Branch: model.BranchID(newRun()), Run: s.run()})
+	case "quit":
+		if s.primary() != nil {
+			return "", errors.New("this shim runs the VM")
+		}
+		s.end(errEnded{"asked to quit"})
+		return "", nil
+	}
+	return s.doGuest(ctx, op)
+}
+
+// doGuest carries out what concerns the running guest.
+func (s *Shim) doGuest(ctx context.Context, op shimapi.Op) (string, error) {
+	p := s.primary()
+	if p == nil {
+		return "", errNotRunning
+	}
+	q := p.inst.qmp
+	switch op.Op {
+	case "pause":
+		return "", p.ask(ctx, p.pause)
+	case "resume":
+		return "", p.ask(ctx, p.unpause)
+	case "shutdown":
+		return "power button pressed", q.SystemPowerdown(ctx)
+	case "reset":
+		return "", q.Reset(ctx)
+	case "poweroff":
+		return "", p.ask(ctx, func() error { p.powerOff(); return nil })
+	case "switchover":
+		return "handing over", p.ask(ctx, p.switchover)
+	}
+	return "", fmt.Errorf("unknown operation %q", op.Op)
+}
+
+// protectable says in one sentence why the running guest cannot be checkpointed, if so.
+func (s *Shim) protectable(ctx context.Context) error {
+	p := s.primary()
+	if p == nil {
+		return errNotRunning
+	}
+	reasons, err := p.inst.qmp.Protectable(ctx)
+	if err != nil {
+		return fmt.Errorf("ask QEMU whether the guest can be checkpointed: %w", err)
+	}
+	if len(reasons) == 0 {
+		s.tl.solved("not-protectable")
+		return nil
+	}
+	s.tl.problem(model.Problem{Code: "not-protectable", Severity: model.Critical, Text: reasons[0],
+		Action: "change the VM so that nothing stands against checkpoints"})
+	return fmt.Errorf("the VM cannot be protected: %s", reasons[0])
+}
+
+// announce teaches the switches where the VM's network cards are now, again
+// and again for d. It injects frames in the guest's name, so only what has the
+// right to let output out calls it.
+func (p *primary) announce(d time.Duration) {
+	p.goWork(func() {
+		wait := 20 * time.Millisecond
+		for end := time.Now().Add(d); time.Now().Before(end) && p.ctx.Err() == nil; wait = min(2*wait, time.Second) {
+			for n, nic := range p.s.cfg.Spec.NICs {
+				if n >= len(p.inst.nics) {
+					break
+				}
+				frame, err := rarp(nic.MAC)
+				if err != nil {
+					p.s.log.Error("announce", "nic", nic.ID, "error", err)
+					return
+				}
+				p.relMu.Lock()
+				_, err = p.s.gate.whileOpen(func() error { return p.inst.nics[n].Inject(p.ctx, frame) })
+				p.relMu.Unlock()
+				if err != nil && p.ctx.Err() == nil {
+					p.s.log.Warn("announce", "nic", nic.ID, "error", err)
+				}
+			}
+			sleep(p.ctx, wait)
+		}
+	})
+}
+
+// rarp builds the announcement that QEMU itself sends after a migration: a
+// reverse ARP request (RFC 903) from and for the card's own address.
+func rarp(mac string) ([]byte, error) {
+	hw, err := net.ParseMAC(mac)
+	if err != nil {
+		return nil, fmt.Errorf("parse hardware address: %w", err)
+	}
+	f := make([]byte, 60)
+	copy(f, []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff})
+	copy(f[6:], hw)
+	binary.BigEndian.PutUint16(f[12:], 0x8035) // RARP
+	binary.BigEndian.PutUint16(f[14:], 1)      // Ethernet
+	binary.BigEndian.PutUint16(f[16:], 0x0800) // IPv4
+	f[18], f[19] = 6, 4
+	binary.BigEndian.PutUint16(f[20:], 3) // request reverse
+	copy(f[22:], hw)
+	copy(f[32:], hw)
+	return f, nil
+}
+
+// short abbreviates a run id for people.
+func short(r model.RunID) string {
+	b, err := hex.DecodeString(string(r))
+	if err != nil || len(b) < 4 {
+		return string(r)
+	}
+	return hex.EncodeToString(b[:4])
+}

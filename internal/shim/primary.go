@@ -1,0 +1,706 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"perdure/internal/authority"
+	"perdure/internal/blockstore"
+	"perdure/internal/epoch"
+	"perdure/internal/guestmem"
+	"perdure/internal/model"
+	"perdure/internal/qemu"
+	"perdure/internal/shimapi"
+)
+
+// Bounds of what a primary may hold before a checkpoint is forced or the guest
+// is stopped.
+const (
+	heldOutputBound = 4 << 20  // bytes of output of one VM
+	heldDiskBound   = 48 << 20 // bytes of disk writes
+	qmpTimeout      = 20 * time.Second
+	cleanInterval   = time.Second // distance of cleanings while simplex
+)
+
+// primary runs a guest. Its runner goroutine alone stops and continues it.
+type primary struct {
+	s      *Shim
+	inst   *instance
+	cmds   chan func()
+	wake   chan struct{}
+	ctx    context.Context
+	cancel context.CancelFunc
+	work   sync.WaitGroup
+
+	// relMu is held while the guest is being stopped or stands still for a
+	// checkpoint, and while output is being released: QEMU drops released frames
+	// that it finds while stopped.
+	relMu sync.Mutex
+	// ramMu: one user of the memory's flush at a time.
+	ramMu sync.Mutex
+
+	// Owned by the runner.
+	pair     *pair // the pair being filled or held, nil while alone
+	held     bool  // output and writes are held per epoch
+	standing string
+	pacer    *epoch.Pacer
+	started  bool
+
+	mu    sync.Mutex // guards what others read
+	state model.RunState
+	cur   *pair
+	last  model.Epoch // newest captured epoch
+}
+
+// Why a guest stands still, for primary.standing and people.
+const (
+	standsNew    = "not started"
+	standsPaused = "paused by a person"
+	standsBound  = "too much output waits for the secondary"
+	standsOff    = "powered off"
+	standsFinal  = "handed over"
+)
+
+func newPrimary(s *Shim, inst *instance, last model.Epoch) *primary {
+	p := &primary{s: s, inst: inst, cmds: make(chan func(), 32), wake: make(chan struct{}, 1), standing: standsNew,
+		state: model.StateStarting, last: last}
+	p.ctx, p.cancel = context.WithCancel(s.ctx)
+	for _, d := range inst.nics {
+		p.forward(d.Arrived())
+	}
+	for _, port := range inst.ports() {
+		p.forward(port.Arrived())
+	}
+	for _, v := range inst.vols {
+		p.forward(v.Full())
+	}
+	if inst.ram != nil {
+		p.forward(inst.ram.Pressure())
+		p.goWork(p.clean)
+	}
+	p.forward(inst.bound)
+	p.goWork(p.loop)
+	return p
+}
+
+func (p *primary) goWork(f func()) {
+	p.work.Add(1)
+	go func() { defer p.work.Done(); f() }()
+}
+
+// forward wakes the runner for each element of c.
+func (p *primary) forward(c <-chan struct{}) {
+	p.goWork(func() {
+		for {
+			select {
+			case _, ok := <-c:
+				if !ok {
+					return
+				}
+				p.kick()
+			case <-p.ctx.Done():
+				return
+			}
+		}
+	})
+}
+
+// kick wakes the runner.
+func (p *primary) kick() {
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
+// do queues a command for the runner.
+func (p *primary) do(f func()) {
+	select {
+	case p.cmds <- f:
+	case <-p.ctx.Done():
+	}
+}
+
+func (p *primary) close() {
+	p.cancel()
+	p.mu.Lock()
+	pr := p.cur
+	p.mu.Unlock()
+	if pr != nil {
+		pr.close("the primary ends")
+	}
+	p.work.Wait()
+}
+
+func (p *primary) setState(st model.RunState) {
+	p.mu.Lock()
+	p.state = st
+	p.mu.Unlock()
+}
+
+// loop is the runner.
+func (p *primary) loop() {
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	events := p.inst.qmp.Events()
+	for p.ctx.Err() == nil {
+		if !p.held {
+			p.pass()
+		}
+		wait := p.next()
+		timer.Reset(wait)
+		select {
+		case f := <-p.cmds:
+			f()
+		case <-p.wake:
+		case <-timer.C:
+		case ev, ok := <-events:
+			if !ok {
+				events = nil
+				continue
+			}
+			p.onEvent(ev)
+		case <-p.inst.proc.Exited():
+			p.guestEnded("QEMU ended: " + p.exitReason())
+			return
+		case <-p.ramFailed():
+			p.guestEnded("guest memory lost: " + p.inst.ram.Err().Error())
+			return
+		case <-p.ctx.Done():
+		}
+	}
+}
+
+func (p *primary) ramFailed() <-chan struct{} {
+	if p.inst.ram == nil {
+		return nil
+	}
+	return p.inst.ram.Failed()
+}
+
+func (p *primary) exitReason() string {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	r, err := p.inst.proc.Wait(ctx)
+	if err != nil {
+		return err.Error()
+	}
+	return r.String()
+}
+
+// guestEnded tells the authority; the runner ends.
+func (p *primary) guestEnded(why string) {
+	if p.ctx.Err() != nil {
+		return
+	}
+	p.inst.noteRunning(false)
+	p.setState(model.StateFault)
+	p.s.tl.add("guest-ended", 0, 0, "%s", why)
+	p.s.post(authority.EvGuestEnded{Reason: why})
+}
+
+// next captures what is due and returns how long nothing will be due.
+func (p *primary) next() time.Duration {
+	for p.held && p.ctx.Err() == nil {
+		if p.standing != "" && p.standing != standsBound {
+			return time.Hour
+		}
+		_, bytes, since := p.inst.waiting()
+		load := epoch.Load{Now: bootNow(), Waiting: !since.IsZero(), HeldBytes: bytes, DiskBytes: p.inst.diskHeld(),
+			Pages: p.inst.ram.Collected() / guestmem.PageSize, InFlight: p.pair.inFlight()}
+		if p.pair.isLost() {
+			p.boundStop(bytes)
+			return time.Hour
+		}
+		d := p.pacer.Decide(load)
+		if !d.Capture {
+			p.boundStop(bytes)
+			if d.At == epoch.Never {
+				return time.Hour
+			}
+			return max(d.At-load.Now, 0)
+		}
+		if p.standing == standsBound {
+			p.resume()
+		}
+		p.checkpoint(0, false)
+	}
+	return time.Hour
+}
+
+// boundStop stops a guest whose output nobody takes: the socket is read on, so
+// that QEMU never blocks, and the guest stands still until output may leave.
+func (p *primary) boundStop(bytes int64) {
+	if bytes < heldOutputBound || p.standing != "" {
+		return
+	}
+	p.relMu.Lock()
+	defer p.relMu.Unlock()
+	if _, err := p.stop(); err != nil {
+		return
+	}
+	p.standing = standsBound
+	p.setState(model.StateHeld)
+	p.s.tl.add("held", 0, 0, "guest stopped: %s", standsBound)
+}
+
+// stop is QMP's stop with the account of guest time.
+func (p *primary) stop() (qemu.Stopped, error) {
+	ctx, cancel := context.WithTimeout(p.ctx, qmpTimeout)
+	defer cancel()
+	st, err := p.inst.qmp.Stop(ctx)
+	if err != nil {
+		return st, fmt.Errorf("stop guest: %w", err)
+	}
+	p.inst.noteRunning(false)
+	return st, nil
+}
+
+// resume lets the guest run and forgets why it stood still.
+func (p *primary) resume() error {
+	ctx, cancel := context.WithTimeout(p.ctx, qmpTimeout)
+	defer cancel()
+	if err := p.inst.qmp.Cont(ctx); err != nil {
+		return fmt.Errorf("continue guest: %w", err)
+	}
+	p.standing = ""
+	p.inst.noteRunning(true)
+	p.setState(model.StateRunning)
+	return nil
+}
+
+// run starts a guest that was built or whose hand-over failed.
+func (p *primary) run(paused bool) {
+	p.do(func() {
+		if paused {
+			p.standing = standsPaused
+			p.setState(model.StatePaused)
+			return
+		}
+		if err := p.resume(); err != nil {
+			p.guestEnded(err.Error())
+			return
+		}
+		if !p.started {
+			p.started = true
+			p.s.tl.add("started", 0, 0, "the guest runs on host %s", p.s.cfg.Host)
+		}
+	})
+}
+
+// pass lets out what a guest without a pair has sent.
+func (p *primary) pass() {
+	for _, d := range p.inst.nics {
+		if n, _, _ := d.Waiting(); n == 0 {
+			continue
+		}
+		p.relMu.Lock()
+		open, err := p.s.gate.whileOpen(func() error {
+			f, err := d.Drain(p.ctx)
+			if err != nil {
+				return err
+			}
+			return d.Release(p.ctx, f)
+		})
+		p.relMu.Unlock()
+		if err != nil && p.ctx.Err() == nil {
+			p.s.log.Warn("release output", "nic", d.NIC(), "error", err)
+		}
+		if !open {
+			return // ruleChanged or the next beat wakes the runner
+		}
+	}
+}
+
+// clean writes dirty memory back slowly while nobody needs it, so that the
+// kernel never throttles the guest for dirtying too much.
+func (p *primary) clean() {
+	for p.ctx.Err() == nil {
+		sleep(p.ctx, cleanInterval)
+		p.mu.Lock()
+		busy := p.cur != nil
+		p.mu.Unlock()
+		if busy || p.ctx.Err() != nil {
+			continue
+		}
+		p.ramMu.Lock()
+		if err := p.inst.ram.Flush(); err != nil {
+			p.s.log.Warn("clean guest memory", "error", err)
+			p.inst.ram.Restart()
+		}
+		p.ramMu.Unlock()
+	}
+}
+
+// onEvent handles what QEMU tells by itself.
+func (p *primary) onEvent(ev qemu.Event) {
+	switch ev.Name {
+	case "SHUTDOWN":
+		p.s.tl.add("guest-off", 0, 0, "the guest powered itself off")
+		p.powerOff()
+	case "RESET":
+		p.s.tl.add("guest-reset", 0, 0, "the guest was reset")
+	case "GUEST_PANICKED":
+		p.fault("guest-panic", "the guest's kernel panicked")
+	case "BLOCK_IO_ERROR":
+		p.fault("disk-error", "a disk of the guest failed: "+string(ev.Data))
+	case "WATCHDOG":
+		p.fault("watchdog", "the guest's watchdog ran out")
+	}
+}
+
+// fault notes that the guest stands still by itself; the next cont is a person's.
+func (p *primary) fault(code, text string) {
+	ctx, cancel := context.WithTimeout(p.ctx, qmpTimeout)
+	defer cancel()
+	if _, running, err := p.inst.qmp.Status(ctx); err != nil || running {
+		return
+	}
+	p.standing = text
+	p.inst.noteRunning(false)
+	p.setState(model.StateFault)
+	p.s.tl.problem(model.Problem{Code: code, Severity: model.Critical, Text: text,
+		Action: "look at the console, then perdure vm resume, or vm kill and vm start"})
+}
+
+// stands interprets a stop that found the guest stopped already.
+func (p *primary) stands(status string) {
+	switch status {
+	case qemu.StatusShutdown:
+		p.standing = standsOff
+	case qemu.StatusPaused, qemu.StatusPrelaunch:
+	default:
+		p.standing = "QEMU is in state " + status
+		p.setState(model.StateFault)
+	}
+}
+
+// checkpoint captures one epoch and hands it to the sender. With stay the
+// guest is left standing. It returns the epoch, or nil if the pair was given up.
+func (p *primary) checkpoint(flags uint32, stay bool) *captured {
+	c, err := p.capture(flags, stay, nil)
+	if err != nil {
+		p.captureFailed(err)
+		return nil
+	}
+	p.pair.send(c)
+	return c
+}
+
+func (p *primary) captureFailed(err error) {
+	if p.ctx.Err() != nil {
+		return
+	}
+	if errors.Is(err, guestmem.ErrVoid) || errors.Is(err, epoch.ErrBusy) {
+		p.inst.ram.Restart()
+		p.pair.fail()
+		p.s.post(authority.EvUnprotect{Reason: err.Error()})
+		return
+	}
+	p.guestEnded(err.Error())
+}
+
+// powerOff takes a guest that is off, or shall be, to its recorded end.
+func (p *primary) powerOff() {
+	if p.standing == standsOff {
+		return
+	}
+	var c *captured
+	if p.held {
+		if c = p.checkpoint(flagOff, true); c == nil {
+			return
+		}
+	} else {
+		p.relMu.Lock()
+		_, err := p.stop()
+		p.relMu.Unlock()
+		if err != nil {
+			p.guestEnded(err.Error())
+			return
+		}
+		p.pass()
+		for _, v := range p.inst.vols {
+			if err := v.Flush(p.ctx); err != nil {
+				p.s.log.Error("flush disk at power-off", "error", err)
+			}
+		}
+	}
+	p.standing = standsOff
+	p.setState(model.StateStopped)
+	p.whenReleased(c, func() { p.s.post(authority.EvPoweredOff{}) })
+}
+
+// whenReleased runs f when all output of epoch c has left, at once if c is nil.
+// If the pair ends before, f runs when the VM is simplex and c was released by that.
+func (p *primary) whenReleased(c *captured, f func()) {
+	if c == nil {
+		f()
+		return
+	}
+	p.goWork(func() {
+		select {
+		case <-c.released:
+			f()
+		case <-p.ctx.Done():
+		}
+	})
+}
+
+// ask runs f in the runner and waits for its answer.
+func (p *primary) ask(ctx context.Context, f func() error) error {
+	done := make(chan error, 1)
+	select {
+	case p.cmds <- func() { done <- f() }:
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-p.ctx.Done():
+		return errors.New("the VM is ending")
+	}
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-p.ctx.Done():
+		return errors.New("the VM is ending")
+	}
+}
+
+// pause and unpause are a person's; the wanted state travels in the epoch.
+func (p *primary) pause() error {
+	switch {
+	case p.standing == standsPaused:
+		return nil
+	case p.standing != "" && p.standing != standsBound:
+		return fmt.Errorf("the guest does not run: %s", p.standing)
+	}
+	if p.held {
+		if p.checkpoint(flagPaused, true) == nil {
+			return errors.New("the last checkpoint failed; see events")
+		}
+	} else {
+		p.relMu.Lock()
+		_, err := p.stop()
+		p.relMu.Unlock()
+		if err != nil {
+			return err
+		}
+	}
+	p.standing = standsPaused
+	p.setState(model.StatePaused)
+	p.s.tl.add("paused", 0, 0, "paused by a person")
+	return nil
+}
+
+func (p *primary) unpause() error {
+	switch p.standing {
+	case "", standsBound:
+		return nil
+	case standsOff, standsFinal:
+		return fmt.Errorf("the guest cannot go on: %s", p.standing)
+	}
+	if err := p.resume(); err != nil {
+		return err
+	}
+	for _, code := range []string{"guest-panic", "disk-error", "watchdog"} {
+		p.s.tl.solved(code)
+	}
+	p.s.tl.add("resumed", 0, 0, "resumed by a person")
+	p.kick()
+	return nil
+}
+
+// switchover captures the final epoch; the authority hears when its output has left.
+func (p *primary) switchover() error {
+	if !p.held {
+		return errors.New("the VM has no secondary now")
+	}
+	paused := p.standing == standsPaused
+	if p.standing != "" && p.standing != standsBound && !paused {
+		return fmt.Errorf("the guest does not run: %s", p.standing)
+	}
+	flags := flagFinal
+	if paused {
+		flags |= flagPaused
+	}
+	if p.standing == standsBound {
+		if err := p.resume(); err != nil {
+			return err
+		}
+	}
+	c := p.checkpoint(flags, true)
+	if c == nil {
+		return errors.New("the final checkpoint failed; see events")
+	}
+	p.standing = standsFinal
+	p.s.tl.add("switchover", c.epoch, 0, "final epoch captured, handing over")
+	p.whenReleased(c, func() { p.s.post(authority.EvSwitchedOver{}) })
+	return nil
+}
+
+// ruleChanged tells of a new output rule that is in force already.
+func (p *primary) ruleChanged(r outputRule) {
+	p.mu.Lock()
+	pr := p.cur
+	p.mu.Unlock()
+	if r == ruleAcked && pr != nil && pr.caughtUp() {
+		p.do(func() { p.enterHeld(pr) })
+	}
+	if pr != nil {
+		pr.gateChanged()
+	}
+	p.kick()
+}
+
+// enterHeld begins to hold output and writes: the guest is stopped once, and
+// the first whole epoch is captured in that stop.
+func (p *primary) enterHeld(pr *pair) {
+	if p.held || p.pair != pr || pr.isLost() {
+		return
+	}
+	// Nobody writes back memory behind the capture any more.
+	p.pacer = epoch.NewPacer(p.s.cfg.Spec.FT, epoch.Bounds{HeldBytes: heldOutputBound / 2, DiskBytes: heldDiskBound / 2,
+		Pages: p.s.cfg.Spec.Memory / guestmem.PageSize / 8})
+	c, err := p.capture(flagSync, false, func() error {
+		for _, v := range p.inst.vols {
+			if err := v.SetMode(blockstore.Held); err != nil {
+				return err
+			}
+		}
+		for _, port := range p.inst.ports() {
+			port.SetHeld(true)
+		}
+		p.held = true
+		return pr.takeLastDisk()
+	})
+	if err != nil {
+		p.captureFailed(err)
+		return
+	}
+	pr.send(c)
+}
+
+// alone leaves a pair behind after simplex was granted: everything held is
+// committed and released in order, then the guest goes on without holding.
+func (p *primary) alone() {
+	p.do(func() {
+		pr := p.pair
+		p.pair = nil
+		p.mu.Lock()
+		p.cur = nil
+		p.mu.Unlock()
+		if pr != nil {
+			pr.leave()
+			for _, v := range p.inst.vols {
+				v.StopTracking()
+			}
+		}
+		if p.inst.ram != nil {
+			p.inst.ram.SetMode(guestmem.Discard)
+		}
+		if p.held {
+			if err := p.leaveHeld(pr); err != nil {
+				p.guestEnded(err.Error())
+			}
+		}
+	})
+}
+
+// leaveHeld is the end of holding. The guest stands still meanwhile.
+func (p *primary) leaveHeld(pr *pair) error {
+	start := time.Now()
+	p.relMu.Lock()
+	st, err := p.stop()
+	p.relMu.Unlock()
+	if err != nil {
+		return err
+	}
+	if err := pr.settleAlone(); err != nil {
+		return err
+	}
+	for _, v := range p.inst.vols {
+		if err := v.SetMode(blockstore.Direct); err != nil {
+			return fmt.Errorf("write disk in place: %w", err)
+		}
+	}
+	for _, port := range p.inst.ports() {
+		port.SetHeld(false)
+	}
+	p.held = false
+	if st.WasRunning || p.standing == standsBound {
+		if err := p.resume(); err != nil {
+			return err
+		}
+	}
+	p.pass()
+	p.s.tl.add("simplex", p.lastEpoch(), time.Since(start), "the VM goes on without a secondary")
+	return nil
+}
+
+func (p *primary) lastEpoch() model.Epoch {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.last
+}
+
+// detach is asked before each claim of simplex. Replicas are copied whole when
+// they return, so that nothing has to be marked; see docs/ARCHITECTURE.md.
+func (p *primary) detach() {}
+
+// protect begins to fill a secondary on host.
+func (p *primary) protect(host string, term model.Term) {
+	p.do(func() {
+		if p.pair != nil {
+			return
+		}
+		pr := newPair(p, host, term)
+		p.pair = pr
+		p.mu.Lock()
+		p.cur = pr
+		p.mu.Unlock()
+		pr.goWork(pr.fill)
+	})
+}
+
+// protected notes that the record says duplex.
+func (p *primary) protected() {
+	p.mu.Lock()
+	pr := p.cur
+	p.mu.Unlock()
+	if pr != nil {
+		p.s.tl.add("duplex", p.lastEpoch(), time.Since(pr.begun), "protected by host %s", pr.host)
+	}
+}
+
+// beat asks the secondary to confirm, and wakes a runner that waits for the gate.
+func (p *primary) beat() {
+	p.mu.Lock()
+	pr := p.cur
+	p.mu.Unlock()
+	if pr != nil {
+		pr.beat()
+	}
+	p.kick()
+}
+
+func (p *primary) tell(a authority.ActTell) {
+	p.mu.Lock()
+	pr := p.cur
+	p.mu.Unlock()
+	if pr != nil {
+		pr.tell(a)
+	}
+}
+
+// fill adds to a status what the primary knows.
+func (p *primary) fill(st *shimapi.Status) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	st.State, st.Epoch = p.state, p.last
+	if p.cur != nil {
+		p.cur.fillStatus(st)
+	}
+}

@@ -1,0 +1,366 @@
+package shim
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"perdure/internal/authority"
+	"perdure/internal/blockstore"
+	"perdure/internal/guestmem"
+	"perdure/internal/model"
+	"perdure/internal/peer"
+	"perdure/internal/pki"
+	"perdure/internal/shimapi"
+)
+
+// What the rest of a full copy may still be before the last epoch is captured,
+// and how many rounds are tried to get there: a guest that dirties memory
+// faster than the link carries it is caught by the epochs anyway.
+const (
+	restPages  = 4096
+	restDisk   = 4 << 20
+	fillRounds = 6
+	fillLimit  = 2 * time.Minute // without a session
+)
+
+// peerTLS is this host's identity for both directions of a session.
+func peerTLS(cfg shimapi.Config) (*tls.Config, error) {
+	var pem [3][]byte
+	for n, f := range []string{cfg.CAFile, cfg.CertFile, cfg.KeyFile} {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			return nil, fmt.Errorf("read host identity: %w", err)
+		}
+		pem[n] = b
+	}
+	id, err := pki.NewIdentity(pem[0], pem[1], pem[2], time.Now())
+	if err != nil {
+		return nil, fmt.Errorf("read host identity: %w", err)
+	}
+	conf := id.ServerTLS(false)
+	client := id.ClientTLS("")
+	conf.RootCAs = client.RootCAs
+	conf.InsecureSkipVerify = true // the name is checked by verifyHost, the chain by VerifyConnection
+	conf.VerifyConnection = client.VerifyConnection
+	return conf, nil
+}
+
+// verifyHost lets only the shim of one host in; an empty name means any host
+// of the cluster but this one.
+func (s *Shim) verifyHost(want string) func(tls.ConnectionState) error {
+	return func(cs tls.ConnectionState) error {
+		got, err := pki.PeerHost(&cs)
+		if err != nil {
+			return err
+		}
+		if want != "" && got != want {
+			return fmt.Errorf("peer is host %q, not %q", got, want)
+		}
+		if got == s.cfg.Host {
+			return errors.New("peer is this host itself")
+		}
+		return nil
+	}
+}
+
+// hello is what this shim says of itself.
+func (s *Shim) hello() hello {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return hello{Version: wireVersion, VM: s.cfg.Spec.Name, UUID: s.cfg.Spec.UUID, Host: s.cfg.Host, Run: s.mode.Run,
+		Term: s.mode.Term, Mode: s.mode.Mode, Machine: machineDigest(s.cfg.Spec)}
+}
+
+// fill makes the secondary a full copy while the guest runs, until the rest fits into one epoch.
+func (pr *pair) fill() {
+	err := pr.fillAll()
+	if err == nil || pr.ctx.Err() != nil || pr.isLost() {
+		return
+	}
+	pr.p.s.tl.add("sync-failed", 0, time.Since(pr.begun), "filling host %s failed: %v", pr.host, err)
+	pr.p.s.tl.problem(model.Problem{Code: "not-protected", Severity: model.Warning, Text: fmt.Sprintf("host %s could not be filled: %v", pr.host, err),
+		Action: "none: it is tried again by itself; see that host's log"})
+	pr.markLost()
+	pr.p.s.post(authority.EvUnprotect{Reason: "filling failed: " + err.Error()})
+}
+
+func (pr *pair) fillAll() error {
+	if err := pr.connect(); err != nil {
+		return err
+	}
+	inst := pr.p.inst
+	for _, v := range inst.vols {
+		v.StartTracking()
+	}
+	inst.ram.SetMode(guestmem.Collect)
+	if err := pr.copyMemory(); err != nil {
+		return fmt.Errorf("copy memory: %w", err)
+	}
+	if err := pr.copyDisks(); err != nil {
+		return fmt.Errorf("copy disks: %w", err)
+	}
+	for range fillRounds {
+		pages, disk, err := pr.round()
+		if err != nil {
+			return err
+		}
+		if pages < restPages && disk < restDisk {
+			break
+		}
+	}
+	pr.mu.Lock()
+	pr.caught = true
+	pr.progress = nil
+	pr.mu.Unlock()
+	pr.p.s.tl.add("caught-up", 0, time.Since(pr.begun), "host %s has all but what fits into one epoch", pr.host)
+	pr.p.s.post(authority.EvCaughtUp{})
+	return nil
+}
+
+// connect finds and dials the standby that the agent of the other host starts.
+func (pr *pair) connect() error {
+	deadline := time.Now().Add(fillLimit)
+	var last error
+	for time.Now().Before(deadline) && pr.ctx.Err() == nil {
+		sess, h, err := pr.dial()
+		if err == nil {
+			pr.adopt(sess, h)
+			pr.p.s.post(authority.EvPeerUp{Host: pr.host, Run: h.Run, Term: h.Term, Mode: h.Mode})
+			return nil
+		}
+		last = err
+		sleep(pr.ctx, 50*time.Millisecond)
+	}
+	return fmt.Errorf("connect to the standby on host %s: %w", pr.host, last)
+}
+
+func (pr *pair) dial() (*peer.Session, hello, error) {
+	s := pr.p.s
+	ctx, cancel := context.WithTimeout(pr.ctx, 2*time.Second)
+	defer cancel()
+	eps, err := s.agent.Endpoints(ctx)
+	if err != nil {
+		return nil, hello{}, err
+	}
+	for _, e := range eps {
+		if e.Host != pr.host {
+			continue
+		}
+		me := s.hello()
+		me.First = pr.p.lastEpoch() + 1
+		me.Term = pr.term
+		me.QEMU = pr.p.s.cfg.QEMU
+		cfg := peer.Config{TLS: s.tls, Verify: s.verifyHost(pr.host), Hello: me.encode(), Remote: e.Addrs,
+			Silence: s.silence(), Log: s.log, Urgent: pr.onUrgent}
+		if len(s.cfg.ALinkAddrs) == len(e.Addrs) {
+			cfg.Local = s.cfg.ALinkAddrs
+		}
+		sess, err := peer.Dial(ctx, cfg)
+		if err != nil {
+			return nil, hello{}, err
+		}
+		h, err := decodeHello(sess.PeerHello())
+		if err == nil {
+			err = s.judge(h, pr.host)
+		}
+		if err == nil && h.NextRun == "" {
+			err = fmt.Errorf("host %s offers no standby", pr.host)
+		}
+		if err != nil {
+			sess.Close(err.Error())
+			return nil, hello{}, err
+		}
+		return sess, h, nil
+	}
+	return nil, hello{}, errors.New("its shim has not told where it listens yet")
+}
+
+// judge refuses a peer that is not the other half of this VM.
+func (s *Shim) judge(h hello, host string) error {
+	switch {
+	case h.VM != s.cfg.Spec.Name || h.UUID != s.cfg.Spec.UUID:
+		return fmt.Errorf("host %s speaks for VM %q (%s), not %q (%s)", h.Host, h.VM, h.UUID, s.cfg.Spec.Name, s.cfg.Spec.UUID)
+	case host != "" && h.Host != host:
+		return fmt.Errorf("the peer calls itself host %q, not %q", h.Host, host)
+	case h.Machine != machineDigest(s.cfg.Spec):
+		return fmt.Errorf("host %s would build another machine for this VM (another version of its specification)", h.Host)
+	}
+	return nil
+}
+
+func (s *Shim) silence() time.Duration {
+	return time.Duration(max(s.cfg.Spec.FT.DetectMS, 50)) * time.Millisecond
+}
+
+// meter keeps the progress of one part of the copy.
+type meter struct {
+	pr    *pair
+	idx   int
+	begun time.Time
+}
+
+func (pr *pair) newMeter(what string, total int64) *meter {
+	pr.mu.Lock()
+	defer pr.mu.Unlock()
+	pr.progress = append(pr.progress, model.Progress{What: what, Total: total, ETASeconds: -1})
+	return &meter{pr: pr, idx: len(pr.progress) - 1, begun: time.Now()}
+}
+
+func (m *meter) at(done int64) {
+	m.pr.mu.Lock()
+	defer m.pr.mu.Unlock()
+	p := &m.pr.progress[m.idx]
+	p.Done = done
+	if sec := time.Since(m.begun).Seconds(); done > 0 && sec > 0.2 {
+		p.ETASeconds = sec * float64(p.Total-done) / float64(done)
+	}
+}
+
+// copyMemory sends all memory that is not zero.
+func (pr *pair) copyMemory() error {
+	pr.p.ramMu.Lock()
+	defer pr.p.ramMu.Unlock()
+	m := pr.newMeter("memory", pr.p.s.cfg.Spec.Memory)
+	err := pr.p.inst.ram.Sweep(pr.ctx, 0, func(off int64, data []byte) error {
+		m.at(off + int64(len(data)))
+		_, err := pr.enc.EncodeRun(off, data, pr.sendPages)
+		return err
+	})
+	m.at(pr.p.s.cfg.Spec.Memory)
+	return err
+}
+
+func (pr *pair) sendPages(frame []byte) error { return pr.sess.Send(pr.ctx, kindSyncPages, frame) }
+
+// copyDisks sends all of the disks that is not a hole.
+func (pr *pair) copyDisks() error {
+	var total, done int64
+	for _, st := range pr.p.inst.stores {
+		total += st.Size()
+	}
+	if total == 0 {
+		return nil
+	}
+	m := pr.newMeter("disks", total)
+	buf := make([]byte, maxPart)
+	for n, st := range pr.p.inst.stores {
+		for off := int64(0); ; {
+			start, got, err := st.NextData(off, buf)
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			if err != nil {
+				return err
+			}
+			if err := pr.sendChunk(diskChunk{Disk: uint32(n), Off: start, Len: uint32(got)}, buf[:got]); err != nil {
+				return err
+			}
+			off = start + int64(got)
+			m.at(done + off)
+		}
+		done += st.Size()
+		m.at(done)
+	}
+	return nil
+}
+
+func (pr *pair) sendChunk(c diskChunk, data []byte) error {
+	return pr.sess.Send(pr.ctx, kindSyncDisk, pack(c), data)
+}
+
+// round sends what changed since the last one, and tells how much that was.
+func (pr *pair) round() (pages int, disk int64, err error) {
+	inst := pr.p.inst
+	pr.p.ramMu.Lock()
+	defer pr.p.ramMu.Unlock()
+	if err := inst.ram.Flush(); err != nil {
+		return 0, 0, fmt.Errorf("collect memory: %w", err)
+	}
+	ps, err := inst.ram.Cut()
+	if err != nil {
+		return 0, 0, fmt.Errorf("collect memory: %w", err)
+	}
+	defer ps.Release()
+	if _, err := pr.enc.Encode(ps, pr.sendPages); err != nil {
+		return 0, 0, err
+	}
+	for n := range inst.vols {
+		chunks := pr.dirtyChunks(n)
+		if err := pr.sendChunks(chunks); err != nil {
+			return 0, 0, err
+		}
+		disk += int64(len(chunks)) * blockstore.ChunkSize
+	}
+	return ps.Pages(), disk, nil
+}
+
+// dirtyChunks takes the list of chunks that the guest wrote since the last call.
+func (pr *pair) dirtyChunks(n int) []diskChunk {
+	size := pr.p.inst.stores[n].Size()
+	var out []diskChunk
+	dirty := pr.p.inst.vols[n].TakeDirty()
+	for at := int64(0); ; {
+		start, end, ok := dirty.Next(at, dirty.Len())
+		if !ok {
+			return out
+		}
+		for c := start; c < end; c++ {
+			off := c * blockstore.ChunkSize
+			out = append(out, diskChunk{Disk: uint32(n), Off: off, Len: uint32(min(blockstore.ChunkSize, size-off))})
+		}
+		at = end
+	}
+}
+
+// sendChunks reads chunks in place and sends them.
+func (pr *pair) sendChunks(chunks []diskChunk) error {
+	buf := make([]byte, blockstore.ChunkSize)
+	for _, c := range chunks {
+		if err := pr.p.inst.stores[c.Disk].ReadAt(buf[:c.Len], c.Off); err != nil {
+			return err
+		}
+		if err := pr.sendChunk(c, buf[:c.Len]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// takeLastDisk notes what the full copy still owes. It is called while the
+// guest stands still and its writes are held from now on, so that the image in
+// place does not change before the first epoch, which is sent after it, commits.
+func (pr *pair) takeLastDisk() error {
+	for n, v := range pr.p.inst.vols {
+		pr.lastDisk = append(pr.lastDisk, pr.dirtyChunks(n)...)
+		v.StopTracking()
+	}
+	return nil
+}
+
+func (pr *pair) sendLastDisk() error {
+	chunks := pr.lastDisk
+	pr.lastDisk = nil
+	return pr.sendChunks(chunks)
+}
+
+// machineDigest names what the guest sees, as far as the specification decides it.
+func machineDigest(spec model.VMSpec) string {
+	var b strings.Builder
+	for _, s := range []string{spec.UUID, spec.Machine, spec.CPU, spec.Accel, strconv.Itoa(spec.VCPUs), strconv.FormatInt(spec.Memory, 10)} {
+		b.WriteString(s + "|")
+	}
+	for _, d := range spec.Disks {
+		fmt.Fprintf(&b, "%s:%d|", d.ID, d.Size)
+	}
+	for _, n := range spec.NICs {
+		fmt.Fprintf(&b, "%s:%s|", n.ID, n.MAC)
+	}
+	return b.String()
+}

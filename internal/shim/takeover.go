@@ -1,0 +1,165 @@
+package shim
+
+import (
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"perdure/internal/authority"
+	"perdure/internal/blockstore"
+	"perdure/internal/model"
+	"perdure/internal/shimapi"
+	"perdure/internal/vfs"
+)
+
+// boot builds the guest from the local disks, paused, under a fresh run.
+func (s *Shim) boot() {
+	start := time.Now()
+	inst, err := build(s.ctx, s.cfg, false, s.lock, s.self, s.log)
+	if err != nil {
+		if s.ctx.Err() == nil {
+			s.tl.add("start-failed", 0, time.Since(start), "%v", err)
+			s.tl.problem(model.Problem{Code: "start-failed", Severity: model.Critical, Text: err.Error(), Action: "mend what the text names, then perdure vm start"})
+			s.post(authority.EvGuestEnded{Reason: err.Error()})
+		}
+		return
+	}
+	s.mu.Lock()
+	s.inst = inst
+	s.prim = newPrimary(s, inst, 0)
+	s.mu.Unlock()
+	s.tl.add("built", 0, time.Since(start), "QEMU is ready")
+	s.post(authority.EvFilled{Run: newRun()})
+}
+
+// takeOver makes the newest complete epoch the live instance. The authority
+// has stopped the acknowledgements and holds the right.
+func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
+	start := time.Now()
+	fail := func(err error) {
+		s.tl.add("takeover-failed", st.newestEpoch(), time.Since(start), "%v", err)
+		s.post(authority.EvGuestEnded{Reason: "takeover: " + err.Error()})
+	}
+	if err := st.settle(); err != nil {
+		fail(err)
+		return
+	}
+	applied := time.Now()
+	c := st.newest
+	if err := st.inst.qmp.LoadDevices(s.ctx, c.dev); err != nil {
+		fail(fmt.Errorf("load device state of epoch %d: %w", c.epoch, err))
+		return
+	}
+	p := newPrimary(s, st.inst, c.epoch)
+	p.started = true
+	s.mu.Lock()
+	s.prim, s.stby = p, nil
+	s.mu.Unlock()
+	paused := a.Paused || c.flags&flagPaused != 0
+	p.run(paused)
+	s.tl.add("takeover", c.epoch, time.Since(start), "the VM goes on here as of epoch %d (applied in %.1f ms, loaded and running in %.1f ms)",
+		c.epoch, ms(applied.Sub(start)), ms(time.Since(applied)))
+	p.announce(announceFor)
+	st.retire()
+	if err := markReplicas(s, st.inst.stores, model.UpToDate, a.Term); err != nil {
+		s.log.Error("mark replicas", "error", err)
+	}
+}
+
+// announceFor is how long a VM that moved tells the switches where it is: the
+// old host's network card may still be draining.
+const announceFor = 5 * time.Second
+
+// settle ends receiving, waits until everything complete is applied, and makes
+// the disks ready for direct writes.
+func (st *standby) settle() error {
+	st.mu.Lock()
+	acts, err := st.books.Takeover()
+	sess := st.sess
+	st.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	go sess.Close("taken over")
+	<-st.drain
+	if err := st.carryOut(acts); err != nil {
+		return err
+	}
+	<-st.idle
+	for len(st.applyQ) > 0 {
+		if err := st.apply(<-st.applyQ); err != nil {
+			return err
+		}
+	}
+	for n, store := range st.inst.stores {
+		if err := store.Trim(); err != nil {
+			return fmt.Errorf("disk %d: %w", n, err)
+		}
+	}
+	return nil
+}
+
+// retire ends what only a standby needs; the instance lives on.
+func (st *standby) retire() {
+	st.cancel()
+	if st.ln != nil {
+		st.ln.Close()
+	}
+}
+
+// markReplicas writes state and identity into the replicas' own metadata.
+func markReplicas(s *Shim, stores []*blockstore.Store, state model.ReplicaState, term model.Term) error {
+	s.mu.Lock()
+	branch, run := s.record.Record.Branch, s.mode.Run
+	s.mu.Unlock()
+	for n, st := range stores {
+		err := st.SetMeta(func(m *blockstore.Meta) { m.State, m.Term, m.Branch, m.Run = state, term, branch, run })
+		if err != nil {
+			return fmt.Errorf("mark disk %d %s: %w", n, state, err)
+		}
+	}
+	return nil
+}
+
+func (st *standby) markReplicas(state model.ReplicaState) error {
+	return markReplicas(st.s, st.inst.stores, state, st.pair.Term)
+}
+
+// resetReplicas prepares empty replicas for a full copy: Inconsistent first,
+// durably, then everything they held is dropped.
+func resetReplicas(s *Shim) error {
+	dir := filepath.Join(s.cfg.Dir, shimapi.DiskDir)
+	fs := vfs.OS{}
+	for _, d := range s.cfg.Spec.Disks {
+		have, err := blockstore.Exists(fs, dir, d.ID)
+		if err != nil {
+			return fmt.Errorf("look for disk %s: %w", d.ID, err)
+		}
+		if !have {
+			err := blockstore.Create(fs, dir, blockstore.Params{ID: d.ID, VM: s.cfg.Spec.UUID, Size: d.Size, State: model.Inconsistent})
+			if err != nil {
+				return fmt.Errorf("make replica of disk %s: %w", d.ID, err)
+			}
+			continue
+		}
+		if err := resetReplica(fs, dir, d.ID); err != nil {
+			return fmt.Errorf("empty replica of disk %s: %w", d.ID, err)
+		}
+	}
+	return nil
+}
+
+func resetReplica(fs vfs.FS, dir, id string) error {
+	st, err := blockstore.Open(fs, dir, id, blockstore.Options{})
+	if err != nil {
+		return err
+	}
+	defer st.Close()
+	if err := st.SetMeta(func(m *blockstore.Meta) { m.State = model.Inconsistent }); err != nil {
+		return err
+	}
+	if err := st.Discard(); err != nil {
+		return err
+	}
+	return st.Wipe()
+}
