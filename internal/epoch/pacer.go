@@ -21,13 +21,12 @@ type Bounds struct {
 
 // Load is what the Pacer is asked about. All times are readings of one clock.
 type Load struct {
-	Now         time.Duration
-	Waiting     bool          // output waits that no capture covers yet
-	WaitingFrom time.Duration // since when, if Waiting
-	HeldBytes   int64
-	DiskBytes   int64
-	Pages       int64
-	InFlight    int // captured and not acknowledged
+	Now       time.Duration
+	Waiting   bool // output waits that no capture covers yet
+	HeldBytes int64
+	DiskBytes int64
+	Pages     int64
+	InFlight  int // captured and not acknowledged
 }
 
 // Reason says why a capture is due, for metrics.

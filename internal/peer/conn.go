@@ -1,0 +1,160 @@
+package peer
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// linkConn is one TCP connection under TLS. It notes when bytes of the peer
+// arrive, below TLS, so that a slow link in the middle of a large frame does not
+// look silent.
+type linkConn struct {
+	raw   *net.TCPConn
+	tls   *tls.Conn
+	r     io.Reader
+	heard atomic.Int64
+	owner atomic.Pointer[Session]
+}
+
+// timedConn is what TLS reads from and writes to.
+type timedConn struct {
+	*net.TCPConn
+	c *linkConn
+}
+
+// errStale is returned to a reader whose session went silent before it looked.
+var errStale = errors.New("session was silent for too long")
+
+// Read notes the time, after having compared it with the last one: a process
+// that was frozen must not take what waits in its socket for a sign of life.
+func (t timedConn) Read(b []byte) (int, error) {
+	n, err := t.TCPConn.Read(b)
+	if n <= 0 {
+		return n, err
+	}
+	now := Now()
+	if s := t.c.owner.Load(); s != nil {
+		if now-s.LastHeard() > s.cfg.Silence {
+			s.mu.Lock()
+			silent := s.cause != nil || s.checkSilence(now)
+			s.mu.Unlock()
+			if silent {
+				return 0, errStale
+			}
+		}
+		later(&s.heard, now)
+	}
+	later(&t.c.heard, now)
+	return n, err
+}
+
+// later moves a time forward only.
+func later(at *atomic.Int64, now time.Duration) {
+	for {
+		old := at.Load()
+		if int64(now) <= old || at.CompareAndSwap(old, int64(now)) {
+			return
+		}
+	}
+}
+
+// bind makes the connection count as a sign of life of s.
+func (c *linkConn) bind(s *Session) {
+	later(&s.heard, time.Duration(c.heard.Load()))
+	c.owner.Store(s)
+}
+
+// wrap prepares a TCP connection and does the handshake as far as identity goes.
+func wrap(raw *net.TCPConn, cfg *Config, dialler bool, deadline time.Time) (*linkConn, error) {
+	if err := tune(raw, cfg.Silence); err != nil {
+		return nil, err
+	}
+	c := &linkConn{raw: raw}
+	if dialler {
+		c.tls = tls.Client(timedConn{raw, c}, cfg.TLS)
+	} else {
+		c.tls = tls.Server(timedConn{raw, c}, cfg.TLS)
+	}
+	c.r = c.tls
+	if err := raw.SetDeadline(deadline); err != nil {
+		return nil, fmt.Errorf("set deadline: %w", err)
+	}
+	if err := c.tls.Handshake(); err != nil {
+		return nil, fmt.Errorf("shake hands: %w", err)
+	}
+	st := c.tls.ConnectionState()
+	if st.Version != tls.VersionTLS13 || len(st.PeerCertificates) == 0 {
+		return nil, fmt.Errorf("shake hands: no TLS 1.3 or no certificate: %w", errIdentity)
+	}
+	if err := cfg.Verify(st); err != nil {
+		return nil, fmt.Errorf("verify peer: %w: %w", errIdentity, err)
+	}
+	return c, nil
+}
+
+// errIdentity is the class of peers that are not who they should be.
+var errIdentity = errors.New("not the peer")
+
+// tune sets what heartbeats need of a socket that also carries bulk data.
+func tune(raw *net.TCPConn, silence time.Duration) error {
+	rc, err := raw.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("tune socket: %w", err)
+	}
+	var serr error
+	set := func(fd, opt, v int) {
+		if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, opt, v); err != nil && serr == nil {
+			serr = fmt.Errorf("tune socket: option %d: %w", opt, err)
+		}
+	}
+	err = rc.Control(func(fd uintptr) {
+		set(int(fd), unix.TCP_NODELAY, 1)
+		// What the kernel has not sent yet delays everything urgent behind it.
+		set(int(fd), unix.TCP_NOTSENT_LOWAT, 128<<10)
+		// A dead path frees its socket soon; the link's silence is noticed earlier.
+		set(int(fd), unix.TCP_USER_TIMEOUT, int(max(2*silence, time.Second)/time.Millisecond))
+	})
+	if err != nil {
+		return fmt.Errorf("tune socket: %w", err)
+	}
+	return serr
+}
+
+// writeAll writes small frames, then a large one.
+func (c *linkConn) writeAll(batch, body []byte) error {
+	if len(batch) > 0 {
+		if _, err := c.tls.Write(batch); err != nil {
+			return err
+		}
+	}
+	if len(body) > 0 {
+		if _, err := c.tls.Write(body); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// leave says goodbye and shuts the sending half, so that the goodbye is not
+// overtaken by a reset; the reader closes the rest by the deadline. Without a
+// goodbye there is nothing to wait for.
+func (c *linkConn) leave(bye []byte) {
+	if bye == nil {
+		c.raw.Close()
+		return
+	}
+	if _, err := c.tls.Write(bye); err != nil {
+		c.raw.Close()
+		return
+	}
+	if err := c.raw.CloseWrite(); err != nil {
+		c.raw.Close()
+	}
+}
