@@ -1,0 +1,63 @@
+package netbuf
+
+import (
+	"sync"
+	"time"
+)
+
+// Frames are the frames of one epoch of one NIC. Whoever holds them calls
+// Release or Drop, once.
+type Frames struct {
+	parts  []*buffer
+	frames int
+	bytes  int64
+	since  time.Time
+}
+
+// Len returns the number of frames.
+func (f Frames) Len() int { return f.frames }
+
+// Bytes returns their size, with headers.
+func (f Frames) Bytes() int64 { return f.bytes }
+
+// Since returns when the oldest arrived; zero if there is none.
+func (f Frames) Since() time.Time { return f.since }
+
+// Drop forgets them.
+func (f Frames) Drop() {
+	for _, p := range f.parts {
+		p.free()
+	}
+}
+
+const (
+	bufferSize = 256 << 10 // two of the largest frames, or a thousand small ones
+	smallPart  = 16 << 10
+)
+
+// buffer holds frames as they came: they go back in the same form.
+type buffer struct {
+	data   []byte
+	whole  int // end of the last complete frame
+	end    int // end of what was read
+	frames int
+	home   *sync.Pool // nil: not pooled
+}
+
+func newPool() *sync.Pool {
+	p := &sync.Pool{}
+	p.New = func() any { return &buffer{data: make([]byte, bufferSize), home: p} }
+	return p
+}
+
+func (b *buffer) room() int { return len(b.data) - b.end }
+
+// reset forgets the complete frames; there must be nothing behind them.
+func (b *buffer) reset() { b.whole, b.end, b.frames = 0, 0, 0 }
+
+func (b *buffer) free() {
+	if b.home != nil {
+		b.reset()
+		b.home.Put(b)
+	}
+}
