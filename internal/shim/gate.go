@@ -24,7 +24,7 @@ const gateSpan = 300 * time.Millisecond
 // kernelGate is the last gate (see hostnet.Gate): it closes by itself.
 type kernelGate interface {
 	Open(taps []string, d time.Duration) error
-	Close(taps []string) error
+	Shut(taps []string) error
 }
 
 // outputRule is what the authority lets this instance do with output.
@@ -67,7 +67,7 @@ func (k *gatekeeper) setRule(r outputRule) {
 	if r == ruleNone {
 		k.openTill = 0
 		if len(k.taps) > 0 {
-			k.fault = k.gate.Close(k.taps)
+			k.fault = k.gate.Shut(k.taps)
 		}
 		return
 	}
@@ -113,7 +113,7 @@ func (k *gatekeeper) renewLocked() {
 	if late := k.now() - until; err == nil && late > 0 {
 		// This process stood still between the clock and the kernel: what it
 		// opened is not its right any more.
-		err = k.gate.Close(k.taps)
+		err = k.gate.Shut(k.taps)
 		k.openTill = 0
 		k.fault = err
 		return
