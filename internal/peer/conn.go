@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -21,6 +22,13 @@ type linkConn struct {
 	r     io.Reader
 	heard atomic.Int64
 	owner atomic.Pointer[Session]
+
+	// TLS writes a record of 16 KiB at a time; corked, they gather here and leave
+	// in one system call per frame. The lock is for the rare records that TLS
+	// writes from the reading side (key updates).
+	wmu    sync.Mutex
+	corked bool
+	wbuf   []byte
 }
 
 // timedConn is what TLS reads from and writes to.
@@ -53,6 +61,18 @@ func (t timedConn) Read(b []byte) (int, error) {
 	}
 	later(&t.c.heard, now)
 	return n, err
+}
+
+// Write sends at once, or gathers while the connection is corked.
+func (t timedConn) Write(b []byte) (int, error) {
+	c := t.c
+	c.wmu.Lock()
+	defer c.wmu.Unlock()
+	if c.corked {
+		c.wbuf = append(c.wbuf, b...)
+		return len(b), nil
+	}
+	return t.TCPConn.Write(b)
 }
 
 // later moves a time forward only.
@@ -127,19 +147,31 @@ func tune(raw *net.TCPConn, silence time.Duration) error {
 	return serr
 }
 
-// writeAll writes small frames, then a large one.
+// writeAll writes small frames and a large one, as one piece.
 func (c *linkConn) writeAll(batch, body []byte) error {
-	if len(batch) > 0 {
-		if _, err := c.tls.Write(batch); err != nil {
+	c.cork(true)
+	for _, b := range [...][]byte{batch, body} {
+		if len(b) == 0 {
+			continue
+		}
+		if _, err := c.tls.Write(b); err != nil {
 			return err
 		}
 	}
-	if len(body) > 0 {
-		if _, err := c.tls.Write(body); err != nil {
-			return err
-		}
+	return c.cork(false)
+}
+
+// cork begins to gather; uncorking writes what has gathered.
+func (c *linkConn) cork(on bool) error {
+	c.wmu.Lock()
+	defer c.wmu.Unlock()
+	c.corked = on
+	if on || len(c.wbuf) == 0 {
+		return nil
 	}
-	return nil
+	_, err := c.raw.Write(c.wbuf)
+	c.wbuf = c.wbuf[:0]
+	return err
 }
 
 // leave says goodbye and shuts the sending half, so that the goodbye is not

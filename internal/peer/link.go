@@ -196,7 +196,7 @@ func (l *link) failed(gen uint64, err error) {
 func (l *link) read(c *linkConn, gen uint64) {
 	defer l.s.wg.Done()
 	head := make([]byte, headerLen)
-	br := bufio.NewReaderSize(c.r, 64<<10)
+	br := bufio.NewReaderSize(c.r, 4<<10) // small: payloads go past it
 	for {
 		h, payload, err := readFrame(br, head, l.s.pool.get)
 		if err == nil {

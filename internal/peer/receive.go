@@ -1,6 +1,7 @@
 package peer
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"slices"
@@ -174,9 +175,8 @@ func (m inMessage) message(pool *bufPool) Message {
 		out.Payload = m.frames[0]
 		return out
 	}
-	out.Payload = make([]byte, 0, m.total)
+	out.Payload = bytes.Join(m.frames, nil) // does not clear what it is about to fill
 	for _, f := range m.frames {
-		out.Payload = append(out.Payload, f...)
 		pool.put(f)
 	}
 	return out
