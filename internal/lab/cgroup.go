@@ -106,9 +106,9 @@ func waitCgroup(ctx context.Context, cg, key string, want bool, limit time.Durat
 }
 
 // freezeCgroup stops or continues every process of the cgroup. Stopping waits
-// until all stand still; a task that sits in an uninterruptible call of the
-// kernel (waiting for a FUSE server that is already frozen) never reports so,
-// but it cannot return to its program either.
+// until all stand still. A task in an uninterruptible call of the kernel, such
+// as one that waits for a FUSE server that is already frozen, never counts as
+// frozen, but it cannot return to its program either: it is enough that none runs.
 func freezeCgroup(ctx context.Context, cg string, freeze bool) error {
 	v := "0"
 	if freeze {
@@ -117,11 +117,46 @@ func freezeCgroup(ctx context.Context, cg string, freeze bool) error {
 	if err := os.WriteFile(filepath.Join(cg, "cgroup.freeze"), []byte(v), 0); err != nil {
 		return fmt.Errorf("freeze or thaw: %w", err)
 	}
-	err := waitCgroup(ctx, cg, "frozen", freeze, 3*time.Second)
-	if err != nil && freeze && errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
-		return nil
+	for quiet := 0; ; {
+		err := waitCgroup(ctx, cg, "frozen", freeze, 50*time.Millisecond)
+		if err == nil || ctx.Err() != nil || !freeze || !errors.Is(err, context.DeadlineExceeded) {
+			return err
+		}
+		running, err := anyRuns(cg)
+		if err != nil {
+			return err
+		}
+		if running {
+			quiet = 0
+		} else if quiet++; quiet == 3 {
+			return nil
+		}
 	}
-	return err
+}
+
+// anyRuns reports whether any thread of the cgroup is on a processor or waits
+// for one; a thread about to freeze is made runnable first.
+func anyRuns(cg string) (bool, error) {
+	pids, err := cgroupPIDs(cg)
+	if err != nil {
+		return false, err
+	}
+	for _, pid := range pids {
+		stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		if err != nil {
+			return false, fmt.Errorf("list threads: %w", err)
+		}
+		for _, f := range stats {
+			b, err := os.ReadFile(f)
+			if err != nil {
+				continue // it ended just now
+			}
+			if _, after, ok := strings.Cut(string(b), ") "); ok && strings.HasPrefix(after, "R") {
+				return true, nil
+			}
+		}
+	}
+	return false, nil
 }
 
 // killCgroup ends every process of the cgroup at one instant and waits until

@@ -102,17 +102,15 @@ func (l *Lab) startInit(n *node) (release func(bool), err error) {
 	defer goR.Close()
 
 	args := []string{"lab-init", "--name", n.Name, "--role", string(n.Role), "--dir", l.hostDir(n.Name)}
-	if n.Role == RoleHost || n.Role == RoleWitness {
-		expand := strings.NewReplacer("{state}", l.StateDir(n.Name))
-		if w := l.st.Agent.WaitFor; w != "" {
-			args = append(args, "--wait-for", expand.Replace(w))
-		}
-		if len(l.st.Agent.Args) > 0 {
-			args = append(args, "--")
-		}
-		for _, a := range l.st.Agent.Args {
-			args = append(args, expand.Replace(a))
-		}
+	prog := l.program(n)
+	if prog.Wait {
+		args = append(args, "--wait-for", filepath.Join(l.hostDir(n.Name), superviseFile))
+	}
+	if len(prog.Args) > 0 {
+		args = append(args, "--")
+	}
+	for _, a := range prog.Args {
+		args = append(args, strings.ReplaceAll(a, "{state}", l.StateDir(n.Name)))
 	}
 	cmd := exec.Command(l.st.Binary, args...)
 	cmd.Dir = "/"
@@ -153,6 +151,17 @@ func (l *Lab) startInit(n *node) (release func(bool), err error) {
 		}
 		goW.Close()
 	}, nil
+}
+
+func (l *Lab) program(n *node) Program {
+	switch n.Role {
+	case RoleHost:
+		return l.st.Agent
+	case RoleWitness:
+		return l.st.Vote
+	default:
+		return Program{}
+	}
 }
 
 // environ is the environment inside a node.

@@ -66,18 +66,20 @@ const (
 // Program is what a host runs, supervised by its init: restarted 200 ms after
 // each end, as systemd would.
 type Program struct {
-	Args    []string `json:"args"`               // {state} is replaced by the host's state directory
-	WaitFor string   `json:"wait_for,omitempty"` // start only once this file exists; {state} as above
+	Args []string `json:"args"` // {state} is replaced by the host's state directory
+	// Wait keeps the program from starting until Supervise is called once.
+	Wait bool `json:"wait,omitempty"`
 }
 
 // Options of a lab. The zero value of a field means its default.
 type Options struct {
-	Dir     string // default DefaultDir
-	Hosts   int    // 1 to 16, default 2: a, b, c, …
-	Witness bool   // a further host w without A-links
-	ALinks  int    // 0 to 4; use DefaultALinks for the usual number
-	Binary  string // perdure, default: this executable; runs `lab-init` in each host
-	Agent   Program
+	Dir     string  // default DefaultDir
+	Hosts   int     // 1 to 16, default 2: a, b, c, …
+	Witness bool    // a further host w without A-links
+	ALinks  int     // 0 to 4; use DefaultALinks for the usual number
+	Binary  string  // perdure, default: this executable; runs `lab-init` in each host
+	Agent   Program // of the hosts
+	Vote    Program // of the witness
 	// Form makes a cluster of the hosts once all of them run; nil leaves them alone.
 	Form func(ctx context.Context, l *Lab) error
 	Log  *slog.Logger // default: discards
@@ -172,8 +174,8 @@ func Up(ctx context.Context, o Options) (*Lab, error) {
 	if err != nil {
 		return nil, err
 	}
-	l.st = state{Version: stateVersion, Phase: phaseMaking, CreatedDir: created, Binary: o.Binary, Agent: o.Agent,
-		ALinks: o.ALinks, Nodes: o.nodes()}
+	l.st = state{Version: stateVersion, Phase: phaseMaking, CreatedDir: created, Binary: o.Binary,
+		Agent: o.Agent, Vote: o.Vote, ALinks: o.ALinks, Nodes: o.nodes()}
 	if err := l.make(ctx, o); err != nil {
 		// Not ctx: it may be what ended.
 		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
@@ -349,6 +351,16 @@ func (l *Lab) Dir() string { return l.dir }
 func (l *Lab) Bin() string { return filepath.Join(l.dir, "bin") }
 
 func (l *Lab) hostDir(name string) string { return filepath.Join(l.dir, name) }
+
+// Supervise lets a host's program start that was told to wait, now and after
+// each power-on from now on.
+func (l *Lab) Supervise(host string) error {
+	f, err := os.OpenFile(filepath.Join(l.hostDir(host), superviseFile), os.O_CREATE|os.O_WRONLY, 0o644)
+	if err != nil {
+		return fmt.Errorf("let the program of %s start: %w", host, err)
+	}
+	return f.Close()
+}
 
 // StateDir returns the state directory of a host; it survives a power-off.
 func (l *Lab) StateDir(host string) string { return filepath.Join(l.dir, host, "state") }

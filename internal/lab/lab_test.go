@@ -28,6 +28,9 @@ func TestMain(m *testing.M) {
 			os.MkdirAll(filepath.Join(os.Args[2], "run"), 0o755)
 			os.WriteFile(filepath.Join(os.Args[2], "run", "alive"), nil, 0o644)
 			select {}
+		case "fuse":
+			fuseMain(os.Args[2])
+			os.Exit(0)
 		case "up-and-hang":
 			_, err := Up(context.Background(), Options{Dir: os.Args[2], Form: func(context.Context, *Lab) error {
 				fmt.Println("hanging")
@@ -239,12 +242,12 @@ func TestHostLooksLikeAHost(t *testing.T) {
 }
 
 func TestInitKeepsProgramRunning(t *testing.T) {
-	l := up(t, Options{Hosts: 1, Agent: Program{Args: []string{"perdure", "agent", "{state}"}, WaitFor: "{state}/config"}})
+	l := up(t, Options{Hosts: 1, Agent: Program{Args: []string{"perdure", "agent", "{state}"}, Wait: true}})
 	ctx := testContext(t)
 	if _, err := l.Agent("a"); err == nil {
 		t.Error("the program runs before its file is there")
 	}
-	if err := os.WriteFile(filepath.Join(l.StateDir("a"), "config"), nil, 0o644); err != nil {
+	if err := l.Supervise("a"); err != nil {
 		t.Fatal(err)
 	}
 	agent := func() Process {

@@ -10,12 +10,14 @@ import (
 	"github.com/vishvananda/netns"
 )
 
-// The networks, as they can be named in faults.
-const (
-	LAN       = "lan"
-	bridgeLAN = "br0" // on each host: its own address, and the VMs' cards
-	alinkMTU  = 9000
-)
+// LAN names the network of the hosts and the client, in faults.
+const LAN = "lan"
+
+// BridgeName is the bridge on each host that holds its own address on the LAN
+// and the VMs' cards.
+const BridgeName = "br0"
+
+const alinkMTU = 9000
 
 // ALink returns the name of the i-th A-link.
 func ALink(i int) string { return fmt.Sprintf("alink%d", i) }
@@ -159,7 +161,7 @@ func (l *Lab) plug(hs, hn *netlink.Handle, n *node, i int, link string) error {
 		if err := enslave(hn, inner, n.mac(i)); err != nil {
 			return err
 		}
-		holder = bridgeLAN
+		holder = BridgeName
 	}
 	if err := setUp(hn, inner); err != nil {
 		return err
@@ -179,10 +181,10 @@ func (l *Lab) plug(hs, hn *netlink.Handle, n *node, i int, link string) error {
 
 // enslave puts a host's LAN card into its bridge, as real hosts have it.
 func enslave(h *netlink.Handle, card string, mac net.HardwareAddr) error {
-	if err := addBridge(h, bridgeLAN, 0, mac); err != nil {
+	if err := addBridge(h, BridgeName, 0, mac); err != nil {
 		return err
 	}
-	br, err := h.LinkByName(bridgeLAN)
+	br, err := h.LinkByName(BridgeName)
 	if err != nil {
 		return fmt.Errorf("find bridge: %w", err)
 	}

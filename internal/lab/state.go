@@ -14,9 +14,10 @@ import (
 )
 
 const (
-	stateVersion = 1
-	stateFile    = "lab.json"
-	createdMark  = ".made-by-lab" // in a directory that Up itself made
+	stateVersion  = 1
+	stateFile     = "lab.json"
+	superviseFile = "supervise"    // in a host's directory, made by Supervise
+	createdMark   = ".made-by-lab" // in a directory that Up itself made
 )
 
 // Phases of a lab's life. Only phaseUp is a lab that can be used.
@@ -35,6 +36,7 @@ type state struct {
 	Cgroup     string  `json:"cgroup"`
 	Binary     string  `json:"binary"`
 	Agent      Program `json:"agent"`
+	Vote       Program `json:"vote"`
 	ALinks     int     `json:"alinks"`
 	Nodes      []node  `json:"nodes"`
 }
