@@ -23,7 +23,7 @@ const (
 	DiskGrain   = int64(4096)
 	MaxDisks    = 16
 	MaxNICs     = 8
-	MaxName     = 40   // of a VM; bounds the length of Unix socket paths below the state directory
+	MaxName     = 40 // of a VM; bounds the length of Unix socket paths below the state directory
 	MaxHostName = 63
 	MaxAppend   = 2048 // the kernel's own limit on x86
 	MaxTokenTTL = 30 * 24 * time.Hour

@@ -16,21 +16,23 @@ var problemType = reflect.TypeFor[api.Problem]()
 type (
 	none        struct{}
 	body[T any] struct{ Body T }
-	// named is the part of a request that names a VM.
-	named struct {
+	// Named is the part of a request that names a VM; exported because huma
+	// fills only exported embedded fields.
+	Named struct {
 		Name string `path:"name" doc:"Name of the VM"`
 	}
 	withBody[T any] struct{ Body T }
 	vmOp[T any]     struct {
-		named
+		Named
 		Body *T
 	}
-	byID struct {
+	// ByID is the part of a request that names an operation.
+	ByID struct {
 		ID string `path:"id"`
 	}
 )
 
-func (n *named) check() error { return api.CheckName("VM", n.Name) }
+func (n *Named) check() error { return api.CheckName("VM", n.Name) }
 
 func op(method, path, id, tag, summary string) huma.Operation {
 	return huma.Operation{OperationID: id, Method: method, Path: path, Summary: summary, Tags: []string{tag}}
@@ -84,7 +86,7 @@ func (s *Server) registerVMs(h huma.API) {
 			return &body[api.VMList]{api.VMList{VMs: notNil(l)}}, err
 		})
 	register(s, h, op(http.MethodGet, "/vms/{name}", "getVM", tag, "One VM with everything known of it"),
-		func(ctx context.Context, in *named) (*body[api.VM], error) {
+		func(ctx context.Context, in *Named) (*body[api.VM], error) {
 			if err := in.check(); err != nil {
 				return nil, err
 			}
@@ -97,7 +99,7 @@ func (s *Server) registerVMs(h huma.API) {
 	del := op(http.MethodDelete, "/vms/{name}", "deleteVM", tag, "Remove a stopped VM and its disks")
 	del.DefaultStatus = http.StatusNoContent
 	register(s, h, del, func(ctx context.Context, in *struct {
-		named
+		Named
 		Force bool `query:"force" doc:"Also when replicas on silent hosts are left behind"`
 	}) (*none, error) {
 		if err := in.check(); err != nil {
@@ -108,7 +110,7 @@ func (s *Server) registerVMs(h huma.API) {
 	register(s, h, op(http.MethodGet, "/vms/{name}/wait", "waitVM", tag, "Wait until a condition holds; answers when it does or the time is up"), s.waitVM)
 	register(s, h, op(http.MethodGet, "/vms/{name}/takeover", "takeoverRisk", tag, "What a forced takeover could lose"),
 		func(ctx context.Context, in *struct {
-			named
+			Named
 			Host string `query:"host" required:"true" doc:"Where the VM would go on"`
 		}) (*body[api.TakeoverRisk], error) {
 			if err := in.check(); err != nil {
@@ -181,7 +183,7 @@ func (s *Server) createVM(ctx context.Context, in *withBody[api.CreateVM]) (*bod
 }
 
 type waitInput struct {
-	named
+	Named
 	For       string `query:"for" required:"true" doc:"Condition, such as state=running or mode=duplex,primary!=a"`
 	TimeoutMS int64  `query:"timeout_ms" minimum:"0" doc:"At most 60000; default 30000"`
 }
@@ -246,13 +248,13 @@ func (s *Server) registerTransfers(h huma.API) {
 		s.operation)
 	cancel := op(http.MethodDelete, "/operations/{id}", "cancelOperation", tag, "End an operation and undo what it made")
 	cancel.DefaultStatus = http.StatusNoContent
-	register(s, h, cancel, func(ctx context.Context, in *byID) (*none, error) {
+	register(s, h, cancel, func(ctx context.Context, in *ByID) (*none, error) {
 		return nil, s.svc.CancelOperation(ctx, in.ID)
 	})
 }
 
 func (s *Server) operation(ctx context.Context, in *struct {
-	byID
+	ByID
 	WaitMS int64 `query:"wait_ms" minimum:"0" doc:"At most 60000; default 0"`
 }) (*body[api.Operation], error) {
 	deadline := time.Now().Add(min(time.Duration(in.WaitMS)*time.Millisecond, maxWait))

@@ -25,6 +25,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"reflect"
 	"runtime/debug"
 	"strings"
 	"time"
@@ -33,6 +34,7 @@ import (
 	"github.com/danielgtaylor/huma/v2/adapters/humago"
 
 	"perdure/api"
+	"perdure/internal/model"
 )
 
 const (
@@ -72,14 +74,17 @@ func New(o Options) *Server {
 	cfg := huma.DefaultConfig("Perdure", version)
 	cfg.Info.Description = "Virtual machines that outlive their hosts. Sizes are bytes, durations milliseconds, times RFC 3339."
 	cfg.DocsPath, cfg.SchemasPath = "", "" // the documentation page would load scripts from elsewhere
-	cfg.CreateHooks = nil                  // no $schema field in answers
+	cfg.Components.Schemas = huma.NewMapRegistry("#/components/schemas/", schemaName)
+	cfg.CreateHooks = nil // no $schema field in answers
 	cfg.Transformers = append(cfg.Transformers, toProblem)
 	h := humago.New(mux, cfg)
 	s.spec = h.OpenAPI()
 	s.registerCluster(h)
 	s.registerVMs(h)
 	s.registerTransfers(h)
-	s.registerStreams(mux)
+	s.registerStreams(h, mux)
+	delete(s.spec.Components.Schemas.Map(), "ErrorModel") // never sent, see toProblem
+	delete(s.spec.Components.Schemas.Map(), "ErrorDetail")
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, api.Errorf(api.NotFound, "path %s with method %s does not exist; see /openapi.json", r.URL.Path, r.Method))
 	})
@@ -244,14 +249,25 @@ func register[I, O any](s *Server, h huma.API, op huma.Operation, f func(context
 	if op.DefaultStatus == 0 && op.Method != http.MethodGet {
 		op.DefaultStatus = http.StatusOK
 	}
-	op.Responses = map[string]*huma.Response{"default": s.problemResponse(h)}
-	huma.Register(h, op, func(ctx context.Context, in *I) (*O, error) {
+	op.Responses = map[string]*huma.Response{"default": nil} // keeps huma from describing its own; filled in below
+	o := op
+	defer func() { o.Responses["default"] = s.problemResponse(h) }()
+	huma.Register(h, o, func(ctx context.Context, in *I) (*O, error) {
 		out, err := f(ctx, in)
 		if err != nil {
 			return nil, api.ProblemOf(err)
 		}
 		return out, nil
 	})
+}
+
+// schemaName keeps the two things called Problem apart: error answers and
+// health problems.
+func schemaName(t reflect.Type, hint string) string {
+	if t == reflect.TypeFor[model.Problem]() {
+		return "HealthProblem"
+	}
+	return huma.DefaultSchemaNamer(t, hint)
 }
 
 func (s *Server) problemResponse(h huma.API) *huma.Response {

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"reflect"
 	"strconv"
 	"strings"
 	"sync"
@@ -22,23 +23,33 @@ import (
 
 // registerStreams adds what huma has no form for, and describes it in the
 // OpenAPI page all the same.
-func (s *Server) registerStreams(mux *http.ServeMux) {
+func (s *Server) registerStreams(h huma.API, mux *http.ServeMux) {
+	problem := s.problemResponse(h)
 	for _, st := range []struct {
 		op        huma.Operation
 		mediaType string
+		schema    reflect.Type // of the answer; nil: bytes
 		handler   func(http.ResponseWriter, *http.Request) error
 	}{
 		{op(http.MethodGet, "/vms/{name}/events", "streamEvents", "vms",
-			"Timeline of a VM as JSON lines (StreamItem); query follow=true goes on, since=TIME leaves out older ones"), api.EventMediaType, s.events},
+			"Timeline of a VM as JSON lines (StreamItem); query follow=true goes on, since=TIME leaves out older ones"), api.EventMediaType, reflect.TypeFor[api.StreamItem](), s.events},
 		{op(http.MethodGet, "/vms/{name}/console", "console", "vms",
-			"Serial console; asks for Upgrade: "+api.ConsoleProtocol+" and is raw bytes in both directions after status 101"), "application/octet-stream", s.console},
+			"Serial console; asks for Upgrade: "+api.ConsoleProtocol+" and is raw bytes in both directions after status 101"), "application/octet-stream", nil, s.console},
 		{op(http.MethodPost, "/uploads", "upload", "operations",
-			"Store a file (the body) for a later operation; query name=NAME; answers Upload"), "application/json", s.upload},
-		{op(http.MethodGet, "/blobs/{id}", "getBlob", "operations", "A stored file by its SHA-256 digest"), "application/octet-stream", s.blob},
+			"Store a file (the body) for a later operation; query name=NAME; answers Upload"), "application/json", reflect.TypeFor[api.Upload](), s.upload},
+		{op(http.MethodGet, "/blobs/{id}", "getBlob", "operations", "A stored file by its SHA-256 digest"), "application/octet-stream", nil, s.blob},
 	} {
 		o := st.op
 		o.Path = api.Prefix + o.Path
-		o.Responses = map[string]*huma.Response{"200": {Description: "OK", Content: map[string]*huma.MediaType{st.mediaType: {}}}}
+		media := &huma.MediaType{}
+		if st.schema != nil {
+			media.Schema = huma.SchemaFromType(s.spec.Components.Schemas, st.schema)
+		}
+		status := "200"
+		if strings.HasSuffix(o.Path, "/console") {
+			status = "101"
+		}
+		o.Responses = map[string]*huma.Response{status: {Description: "OK", Content: map[string]*huma.MediaType{st.mediaType: media}}, "default": problem}
 		for seg := range strings.SplitSeq(o.Path, "/") {
 			if strings.HasPrefix(seg, "{") {
 				o.Parameters = append(o.Parameters, &huma.Param{Name: strings.Trim(seg, "{}"), In: "path", Required: true, Schema: &huma.Schema{Type: huma.TypeString}})
