@@ -186,6 +186,9 @@ that host's agent. The exit status is the command's.`,
 				return err
 			}
 			host, cmd := args[0], args[1:]
+			if len(cmd) > 0 && cmd[0] == "--" { // flags end at HOST already
+				cmd = cmd[1:]
+			}
 			if len(cmd) == 0 {
 				sh := os.Getenv("SHELL")
 				if sh == "" {
