@@ -21,6 +21,10 @@ func bootNow() time.Duration {
 // open: the longest time for which a dead or frozen shim's guest is heard.
 const gateSpan = 300 * time.Millisecond
 
+// gateSlack is how much later than asked the kernel's gate may close: the time
+// between reading the clock and the kernel's reading of its own.
+const gateSlack = 20 * time.Millisecond
+
 // kernelGate is the last gate (see hostnet.Gate): it closes by itself.
 type kernelGate interface {
 	Open(taps []string, d time.Duration) error
@@ -58,13 +62,14 @@ func newGatekeeper(g kernelGate, taps []string) *gatekeeper {
 	return &gatekeeper{gate: g, taps: taps, now: bootNow}
 }
 
-// setRule changes the rule. Losing a right closes the gate before it returns.
+// setRule changes the rule. Unless everything may leave now, the gate is closed
+// before it returns, and opens again with the next confirmation.
 func (k *gatekeeper) setRule(r outputRule) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.rule = r
 	k.right = 0
-	if r == ruleNone {
+	if r != ruleFree {
 		k.openTill = 0
 		if len(k.taps) > 0 {
 			k.fault = k.gate.Shut(k.taps)
@@ -110,12 +115,11 @@ func (k *gatekeeper) renewLocked() {
 		return
 	}
 	err := k.gate.Open(k.taps, until-now)
-	if late := k.now() - until; err == nil && late > 0 {
-		// This process stood still between the clock and the kernel: what it
-		// opened is not its right any more.
-		err = k.gate.Shut(k.taps)
+	if err == nil && k.now()-now > gateSlack {
+		// This process stood still between the clock and the kernel, which counts
+		// from when it was told: what it opened reaches beyond the right.
 		k.openTill = 0
-		k.fault = err
+		k.fault = k.gate.Shut(k.taps)
 		return
 	}
 	k.fault = err
