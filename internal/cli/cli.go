@@ -206,12 +206,12 @@ func (a *app) root() *cobra.Command {
 		return api.Errorf(api.Invalid, "%s: %w", c.CommandPath(), err).WithAction("see %s --help", c.CommandPath())
 	})
 	f := root.PersistentFlags()
-	f.StringVarP(&a.output, "output", "o", "table", "form of the output: table, wide, json or yaml")
-	f.StringVar(&a.socket, "socket", "", "Unix socket of the agent (default $PERDURE_SOCKET, else "+defaultSocket()+")")
-	f.StringVar(&a.server, "server", "", "agent to ask over TLS, HOST:PORT, several separated by commas (default $PERDURE_SERVER)")
-	f.StringVar(&a.cert, "cert", "", "client certificate for --server, PEM (default $PERDURE_CERT)")
-	f.StringVar(&a.key, "key", "", "its key, PEM (default $PERDURE_KEY)")
-	f.StringVar(&a.ca, "ca", "", "certificate authority of the cluster, PEM (default $PERDURE_CA)")
+	f.StringVarP(&a.output, "output", "o", "table", "`FORM` of the output: table, wide, json or yaml")
+	f.StringVar(&a.socket, "socket", "", "Unix socket of the agent, `PATH` (default $PERDURE_SOCKET, else "+defaultSocket()+")")
+	f.StringVar(&a.server, "server", "", "agent to ask over TLS, `HOST:PORT`, several separated by commas (default $PERDURE_SERVER)")
+	f.StringVar(&a.cert, "cert", "", "client certificate for --server, PEM `FILE` (default $PERDURE_CERT)")
+	f.StringVar(&a.key, "key", "", "its key, PEM `FILE` (default $PERDURE_KEY)")
+	f.StringVar(&a.ca, "ca", "", "certificate authority of the cluster, PEM `FILE` (default $PERDURE_CA)")
 	root.PersistentPreRunE = func(*cobra.Command, []string) error { return a.checkOutput() }
 	root.AddGroup(&cobra.Group{ID: "use", Title: "Using a cluster:"}, &cobra.Group{ID: "host", Title: "On a host:"})
 	add := func(group string, cmds ...*cobra.Command) {

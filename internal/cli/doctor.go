@@ -17,9 +17,9 @@ func (a *app) doctorCommand() *cobra.Command {
 do. Needs root for most of it, and no running agent. Ends with exit code 1 when
 any check failed.`}
 	f := c.Flags()
-	f.StringVar(&o.StateDir, "state-dir", config.DefaultStateDir, "state directory, whose disk is measured")
-	f.StringArrayVar(&o.Peers, "peer", nil, "address of another host on an A-link, IP or IP:PORT; may be repeated")
-	f.StringVar(&o.QEMU, "qemu", config.Default().QEMU, "QEMU program")
+	f.StringVar(&o.StateDir, "state-dir", config.DefaultStateDir, "state `DIR`, whose disk is measured")
+	f.StringArrayVar(&o.Peers, "peer", nil, "another host on an A-link, `IP[:PORT]`; may be repeated")
+	f.StringVar(&o.QEMU, "qemu", config.Default().QEMU, "QEMU program, `PATH`")
 	f.BoolVar(&o.Quick, "quick", false, "leave out what takes longer than some seconds")
 	f.DurationVar(&timeout, "timeout", 2*time.Minute, "bound of each check")
 	c.RunE = func(cmd *cobra.Command, _ []string) error {

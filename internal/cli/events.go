@@ -45,7 +45,7 @@ func (a *app) vmEventsCommand() *cobra.Command {
 took. With -f it goes on as things happen, through takeovers and restarts of
 agents, until interrupted. -o json prints a list, with -f one object a line.`
 	c.Flags().BoolVarP(&follow, "follow", "f", false, "go on with events as they happen")
-	c.Flags().StringVar(&since, "since", "", "only later ones: a time (RFC 3339) or a duration back from now, such as 10m")
+	c.Flags().StringVar(&since, "since", "", "only later ones: a `TIME` (RFC 3339) or a duration back from now, such as 10m")
 	return c
 }
 

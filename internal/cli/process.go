@@ -23,16 +23,16 @@ type hostFlags struct {
 
 func (h *hostFlags) add(c *cobra.Command) {
 	f := c.Flags()
-	f.StringVar(&h.file, "config", "", "configuration file (TOML); flags go over it")
-	f.StringVar(&h.name, "name", "", "name of this host (default: the machine's name)")
-	f.StringVar(&h.stateDir, "state-dir", "", "where everything is kept (default "+config.DefaultStateDir+")")
-	f.StringVar(&h.address, "address", "", "IP address of this host on the LAN")
-	f.StringArrayVar(&h.alinks, "alink", nil, "IP address of this host on an availability link; once per link, in the same order on every host")
-	f.IntVar(&h.apiPort, "api-port", 0, "TCP port of the API (default 7400)")
-	f.IntVar(&h.peerPort, "etcd-peer-port", 0, "TCP port of the cluster store, between voters (default 7401)")
-	f.IntVar(&h.clientPort, "etcd-client-port", 0, "TCP port of the cluster store, for its clients (default 7402)")
-	f.StringVar(&h.qemu, "qemu", "", "QEMU program (default /usr/bin/qemu-system-x86_64)")
-	f.StringVar(&h.qemuImg, "qemu-img", "", "qemu-img program")
+	f.StringVar(&h.file, "config", "", "configuration `FILE` (TOML); flags go over it")
+	f.StringVar(&h.name, "name", "", "`NAME` of this host (default: the machine's name)")
+	f.StringVar(&h.stateDir, "state-dir", "", "`DIR` where everything is kept (default "+config.DefaultStateDir+")")
+	f.StringVar(&h.address, "address", "", "`IP` address of this host on the LAN")
+	f.StringArrayVar(&h.alinks, "alink", nil, "`IP` address of this host on an availability link; once per link, in the same order on every host")
+	f.IntVar(&h.apiPort, "api-port", 0, "TCP `PORT` of the API (default 7400)")
+	f.IntVar(&h.peerPort, "etcd-peer-port", 0, "TCP `PORT` of the cluster store, between voters (default 7401)")
+	f.IntVar(&h.clientPort, "etcd-client-port", 0, "TCP `PORT` of the cluster store, for its clients (default 7402)")
+	f.StringVar(&h.qemu, "qemu", "", "QEMU program, `PATH` (default /usr/bin/qemu-system-x86_64)")
+	f.StringVar(&h.qemuImg, "qemu-img", "", "qemu-img program, `PATH`")
 	f.DurationVar(&h.bootWait, "boot-wait", 0, "how long a start from disk waits for the other host (default 20s)")
 }
 
@@ -105,7 +105,7 @@ first host. Start "perdure agent" afterwards; "perdure token create" then makes
 the tokens with which other machines join.`,
 		Example: "  perdure init --name a --address 192.0.2.1 --alink 10.0.0.1 --alink 10.0.1.1"}
 	h.add(c)
-	c.Flags().StringVar(&cluster, "cluster", "perdure", "name of the cluster")
+	c.Flags().StringVar(&cluster, "cluster", "perdure", "`NAME` of the cluster")
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
 		conf, err := h.config(cmd, config.RoleHost)
 		if err != nil {
@@ -153,7 +153,7 @@ token is made by "perdure token create --witness". Without --join it runs from
 the state directory of an earlier join.`}
 	h.add(c)
 	l.add(c)
-	c.Flags().StringVar(&token, "join", "", "join with this token before running")
+	c.Flags().StringVar(&token, "join", "", "join with this `TOKEN` before running")
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
 		log, err := l.check(a)
 		if err != nil {
@@ -175,8 +175,8 @@ the state directory of an earlier join.`}
 }
 
 func (l *LogOptions) add(c *cobra.Command) {
-	c.Flags().StringVar(&l.Level, "log-level", "info", "debug, info, warn or error")
-	c.Flags().StringVar(&l.Format, "log-format", "text", "text or json")
+	c.Flags().StringVar(&l.Level, "log-level", "info", "`LEVEL`: debug, info, warn or error")
+	c.Flags().StringVar(&l.Format, "log-format", "text", "`FORMAT`: text or json")
 }
 
 func (l *LogOptions) check(a *app) (LogOptions, error) {
@@ -202,7 +202,7 @@ func (a *app) agentCommand() *cobra.Command {
 	c := &cobra.Command{Use: "agent", Short: "Run the agent of this host", Args: args(),
 		Long: `Runs the agent: membership, authority records, the API. It may be stopped,
 crash or be upgraded at any moment; VMs go on without it and are found again.`}
-	c.Flags().StringVar(&dir, "state-dir", config.DefaultStateDir, "state directory made by init or join")
+	c.Flags().StringVar(&dir, "state-dir", config.DefaultStateDir, "state `DIR` made by init or join")
 	l.add(c)
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
 		log, err := l.check(a)
@@ -225,7 +225,7 @@ func (a *app) shimCommand() *cobra.Command {
 	var dir string
 	var l LogOptions
 	c := &cobra.Command{Use: "shim --dir DIR", Short: "Run one VM on this host (started by the agent)", Hidden: true, Args: args()}
-	c.Flags().StringVar(&dir, "dir", "", "directory of the VM")
+	c.Flags().StringVar(&dir, "dir", "", "`DIR` of the VM")
 	l.add(c)
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
 		log, err := l.check(a)

@@ -281,7 +281,7 @@ func extras(vm *api.VM) (s string) {
 
 func (a *app) checkpointFields(f *fields, vm *api.VM) {
 	cp := vm.Checkpoint
-	if vm.Level != model.LevelFT || cp.Count == 0 {
+	if vm.Mode != model.ModeDuplex || vm.State != model.StateRunning || cp.Count == 0 { // figures of the past mislead
 		return
 	}
 	f.put("Checkpoints", fmt.Sprintf("%d so far, every %s (median / 99 %% of the recent ones:)", cp.Count, ms(cp.IntervalMS)))

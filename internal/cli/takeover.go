@@ -59,9 +59,9 @@ func (a *app) vmTakeoverCommand() *cobra.Command {
 --force only what is safe is done. With --force it says first what could be
 lost and asks for the VM's name; the VM goes on as a new branch of its history,
 and the data of the other branch is kept for a person to choose from.`
-	c.Flags().StringVar(&host, "on", "", "host that shall go on")
+	c.Flags().StringVar(&host, "on", "", "`HOST` that shall go on")
 	c.Flags().BoolVar(&force, "force", false, "also where something could be lost")
-	c.Flags().StringVar(&confirm, "confirm", "", "the VM's name, instead of being asked")
+	c.Flags().StringVar(&confirm, "confirm", "", "the VM's `NAME`, instead of being asked")
 	w.add(c, time.Minute, "it runs there")
 	return c
 }

@@ -57,7 +57,7 @@ func (a *app) vmStartCommand() *cobra.Command {
 		p.clear()
 		return a.report(ctx, cl, args[0], "")
 	})
-	c.Flags().StringVar(&host, "host", "", "where (default: where its newest disks are)")
+	c.Flags().StringVar(&host, "host", "", "`HOST` where (default: where its newest disks are)")
 	w.add(c, time.Minute, "it runs")
 	return c
 }
@@ -272,7 +272,7 @@ func (a *app) vmProtectCommand() *cobra.Command {
 	c.Long = `Fills a second copy of a VM of level ft on another host while the guest runs, and
 waits until it is protected. This happens by itself too; the command is for
 choosing the host, and for seeing why it does not.`
-	c.Flags().StringVar(&req.Host, "host", "", "host of the second copy (default: any with room)")
+	c.Flags().StringVar(&req.Host, "host", "", "`HOST` of the second copy (default: any with room)")
 	c.Flags().BoolVar(&req.Off, "off", false, "give the second copy up; the VM goes on alone")
 	w.add(c, 30*time.Minute, "it is protected")
 	return c
@@ -332,7 +332,7 @@ func (a *app) vmSwitchoverCommand() *cobra.Command {
 		return a.report(ctx, cl, args[0], "")
 	})
 	c.Long = "Moves a protected VM to the host of its second copy, without losing anything; the\nguest stands still for some tens of milliseconds."
-	c.Flags().StringVar(&to, "to", "", "the new primary (default: the secondary)")
+	c.Flags().StringVar(&to, "to", "", "the new primary `HOST` (default: the secondary)")
 	w.add(c, time.Minute, "it runs there")
 	return c
 }
@@ -376,7 +376,7 @@ or problem; != turns it round, A|B allows either, and several joined by commas
 must all hold. A state or mode alone is enough; "absent" means that the VM does
 not exist, "problem=none" that nothing is wrong.`
 	c.Example = "  perdure vm wait web --for running\n  perdure vm wait web --for mode=duplex,problem=none --timeout 10m\n  perdure vm wait web --for 'primary!=hosta'"
-	c.Flags().StringVar(&cond, "for", "", "the condition")
+	c.Flags().StringVar(&cond, "for", "", "the `CONDITION`")
 	c.Flags().DurationVar(&timeout, "timeout", time.Minute, "how long to wait")
 	return c
 }

@@ -399,7 +399,8 @@ func (f *Fake) ProtectVM(_ context.Context, name string, req api.ProtectVM) erro
 		}
 		vm.Mode, vm.Secondary = model.ModeSyncing, "hostb"
 		vm.Sync = []model.Progress{{What: "memory", Done: 256 << 20, Total: 512 << 20, ETASeconds: 2}}
-		f.next[name] = []func(*api.VM){func(*api.VM) {}, func(*api.VM) {}, func(vm *api.VM) {
+		nothing := func(*api.VM) {}
+		f.next[name] = []func(*api.VM){nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, func(vm *api.VM) {
 			vm.Mode, vm.SecondaryRun, vm.Sync, vm.Term = model.ModeDuplex, "fedcba9876543210fedcba9876543210", nil, vm.Term+2
 		}}
 		return nil
