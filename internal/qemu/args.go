@@ -242,6 +242,10 @@ func (a *argList) memory(m Machine) {
 		a.opts("-object", "memory-backend-ram", "id="+RAMBlockID, size)
 		return
 	}
+	if m.Private {
+		a.opts("-object", "memory-backend-file", "id="+RAMBlockID, size, kv("mem-path", m.MemPath), "share=off", "prealloc=off")
+		return
+	}
 	// Allocated and locked, or the next untouched page would be a SIGBUS for
 	// the guest when the process that serves the file dies.
 	a.add("-overcommit", "mem-lock=on")

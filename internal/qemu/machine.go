@@ -48,6 +48,10 @@ type Machine struct {
 	// and locked at the start. Empty means anonymous memory.
 	MemPath string
 
+	// Private maps MemPath copy-on-write instead: a scratch QEMU that tries a
+	// state without touching what the file holds.
+	Private bool
+
 	Disks []Disk
 	NICs  []NIC
 

@@ -39,6 +39,13 @@ func (s *Shim) do(ctx context.Context, op shimapi.Op) (string, error) {
 			return "", errors.New("a takeover that the cluster did not decide needs force")
 		}
 		return "", s.ask(ctx, authority.EvForce{Branch: model.BranchID(newRun()), Run: s.run()})
+	case "trial":
+		st := s.standby()
+		if st == nil {
+			return "", errors.New("this shim does not stand by")
+		}
+		n, err := st.try()
+		return fmt.Sprintf("epoch %d loads", n), err
 	case "quit":
 		if s.primary() != nil {
 			return "", errors.New("this shim runs the VM")

@@ -26,6 +26,9 @@ func TestTakeover(t *testing.T) {
 	st := a.untilStatus("20 checkpoints", 20*time.Second, func(s shimapi.Status) bool { return s.Checkpoint.Count >= 20 })
 	t.Logf("checkpoints: %+v", st.Checkpoint)
 	before := st.Epoch
+	for range 3 {
+		b.op(shimapi.Op{Op: "trial"})
+	}
 
 	a.shim.inst.proc.Kill()
 	w.until("takeover", 10*time.Second, func(r model.Record) bool { return r.Mode == model.ModeSimplex && r.Primary.Host == "b" })

@@ -49,6 +49,7 @@ type primary struct {
 	pacer    *epoch.Pacer
 	started  bool
 
+	ended sync.Once
 	mu    sync.Mutex // guards what others read
 	state model.RunState
 	cur   *pair
@@ -191,15 +192,18 @@ func (p *primary) exitReason() string {
 	return r.String()
 }
 
-// guestEnded tells the authority; the runner ends.
+// guestEnded tells the authority, once, and ends everything that drives the guest.
 func (p *primary) guestEnded(why string) {
 	if p.ctx.Err() != nil {
 		return
 	}
-	p.inst.noteRunning(false)
-	p.setState(model.StateFault)
-	p.s.tl.add("guest-ended", 0, 0, "%s", why)
-	p.s.post(authority.EvGuestEnded{Reason: why})
+	p.ended.Do(func() {
+		p.inst.noteRunning(false)
+		p.setState(model.StateFault)
+		p.s.tl.add("guest-ended", p.lastEpoch(), 0, "%s", why)
+		p.s.post(authority.EvGuestEnded{Reason: why})
+		p.cancel()
+	})
 }
 
 // next captures what is due and returns how long nothing will be due.

@@ -28,8 +28,11 @@ type standby struct {
 	work   sync.WaitGroup
 	ln     *peer.Listener
 	applyQ chan *whole
-	drain  chan struct{} // closed when nothing will be received any more
-	idle   chan struct{} // closed when the applier has ended
+	// between takes work that needs the memory to stand still at the boundary of
+	// the epoch that was applied last.
+	between chan func(*whole)
+	drain   chan struct{} // closed when nothing will be received any more
+	idle    chan struct{} // closed when the applier has ended
 
 	mu     sync.Mutex
 	sess   *peer.Session
@@ -62,7 +65,8 @@ type whole struct {
 // startStandby builds the waiting QEMU and listens for the primary.
 func (s *Shim) startStandby() {
 	st := &standby{s: s, next: newRun(), applyQ: make(chan *whole, 8), drain: make(chan struct{}), idle: make(chan struct{}),
-		epochs: map[model.Epoch]*whole{}}
+		between: make(chan func(*whole)),
+		epochs:  map[model.Epoch]*whole{}}
 	st.ctx, st.cancel = context.WithCancel(s.ctx)
 	s.mu.Lock()
 	s.stby = st
@@ -419,6 +423,7 @@ func (st *standby) becomeFull(c *whole) error {
 	st.full = true
 	sess := st.sess
 	st.mu.Unlock()
+	st.goWork(st.trials)
 	st.s.post(authority.EvFilled{Run: st.next, Epoch: c.epoch})
 	b := beat{Term: uint64(st.pair.Term), Run: packRun(st.next), Epoch: uint64(c.epoch)}
 	if err := sess.Send(st.ctx, kindSynced, b.encode()); err != nil && !errors.Is(err, peer.ErrLost) {
@@ -511,6 +516,7 @@ func (st *standby) onUrgent(kind uint8, payload []byte) {
 // disks, in order, and compares the audited pages.
 func (st *standby) applier() {
 	defer close(st.idle)
+	var last *whole
 	for {
 		select {
 		case c := <-st.applyQ:
@@ -518,19 +524,14 @@ func (st *standby) applier() {
 				st.s.post(authority.EvGuestEnded{Reason: fmt.Sprintf("apply epoch %d: %v", c.epoch, err)})
 				return
 			}
-			continue
-		default:
-		}
-		select {
-		case c := <-st.applyQ:
-			if err := st.apply(c); err != nil {
-				st.s.post(authority.EvGuestEnded{Reason: fmt.Sprintf("apply epoch %d: %v", c.epoch, err)})
-				return
-			}
+			last = c
+		case job := <-st.between:
+			job(last)
 		case <-st.drain:
 			if len(st.applyQ) == 0 {
 				return
 			}
+			// What is queued is applied first; select picks at random.
 		case <-st.ctx.Done():
 			return
 		}

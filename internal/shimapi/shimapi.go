@@ -92,7 +92,8 @@ type Op struct {
 	// "protect" (fill the secondary on Host), "unprotect", "quit" (end this shim,
 	// refused on a running primary), "survivor" (Value "on" or "off"), "peer-dead"
 	// (Value: the run id of the peer's instance that is known to be gone for
-	// sure, because its host's agent holds the run lock; Host: that host).
+	// sure, because its host's agent holds the run lock; Host: that host), "trial"
+	// (of a standby: load its newest state in a scratch QEMU now).
 	Op    string `json:"op"`
 	Host  string `json:"host,omitempty"`
 	Force bool   `json:"force,omitempty"`

@@ -1,0 +1,127 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"perdure/internal/chardev"
+	"perdure/internal/model"
+	"perdure/internal/qemu"
+)
+
+// A standby is tried, not trusted: its last state is loaded into a scratch QEMU
+// with a private view of the same memory, once it is full and then at this
+// distance.
+const trialInterval = 5 * time.Minute
+
+// trials tries the standby for as long as it stands by. A failure ends the
+// pair: what cannot be loaded is no protection.
+func (st *standby) trials() {
+	for st.ctx.Err() == nil {
+		start := time.Now()
+		n, err := st.try()
+		switch {
+		case st.ctx.Err() != nil || errors.Is(err, errNoState):
+			return
+		case err != nil:
+			st.alarm("the standby's state cannot be loaded: " + err.Error())
+			return
+		}
+		st.s.tl.add("trial", n, time.Since(start), "the state of epoch %d loads in a scratch QEMU", n)
+		sleep(st.ctx, trialInterval)
+	}
+}
+
+// errNoState says that there is nothing to try, or no more.
+var errNoState = errors.New("the standby holds no state to try")
+
+// try loads the newest applied state into a scratch QEMU. Applying waits for
+// the load itself (some tens of milliseconds), not for the scratch QEMU's start.
+func (st *standby) try() (n model.Epoch, err error) {
+	dir, err := os.MkdirTemp(st.s.cfg.Dir, "trial-*")
+	if err != nil {
+		return 0, fmt.Errorf("make directory for a trial: %w", err)
+	}
+	defer os.RemoveAll(dir)
+	ctx, cancel := context.WithTimeout(st.ctx, startTimeout)
+	defer cancel()
+	proc, q, done, err := st.scratch(ctx, dir)
+	if err != nil {
+		return 0, fmt.Errorf("start scratch QEMU: %w", err)
+	}
+	defer done()
+	defer func() {
+		q.Close()
+		proc.Kill()
+		proc.Wait(context.WithoutCancel(ctx))
+	}()
+	result := make(chan error, 1)
+	job := func(c *whole) {
+		if c == nil || c.dev == nil {
+			result <- errNoState
+			return
+		}
+		n = c.epoch
+		result <- q.LoadDevices(ctx, c.dev)
+	}
+	select {
+	case st.between <- job:
+	case <-st.idle:
+		return 0, errNoState
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+	err = <-result
+	return n, err
+}
+
+// scratch starts a QEMU like the standby's whose every write goes nowhere: the
+// memory is a private view, the taps have no bridge, the ports no clients, and
+// the guest never runs.
+func (st *standby) scratch(ctx context.Context, dir string) (proc *qemu.Process, q *qemu.QMP, done func(), err error) {
+	m := st.inst.machine(true)
+	m.Private = true
+	m.QMPPath, m.SerialPath, m.AgentPath = filepath.Join(dir, "qmp"), filepath.Join(dir, "serial"), filepath.Join(dir, "agent")
+	if m.VNCPath != "" {
+		m.VNCPath = filepath.Join(dir, "vnc")
+	}
+	for n := range m.NICs {
+		m.NICs[n].Tap = "px" + m.NICs[n].Tap[2:] // QEMU makes it, and it goes with QEMU
+	}
+	var ports []*chardev.Port
+	done = func() {
+		for _, p := range ports {
+			p.Close()
+		}
+	}
+	defer func() {
+		if err != nil {
+			done()
+		}
+	}()
+	for _, path := range []string{m.SerialPath, m.AgentPath} {
+		p, err := chardev.Listen(path, chardev.Options{History: -1})
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		ports = append(ports, p)
+	}
+	args, err := qemu.Args(m)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	proc, err = qemu.Start(ctx, st.s.cfg.QEMU, args, qemu.StartOptions{LogPath: filepath.Join(dir, "log"), OOMScoreAdj: 500, Dir: dir})
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	q, err = qemu.DialQMP(ctx, m.QMPPath, proc.LogTail)
+	if err != nil {
+		proc.Kill()
+		return nil, nil, nil, err
+	}
+	return proc, q, done, nil
+}
