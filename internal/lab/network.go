@@ -173,6 +173,13 @@ func (l *Lab) plug(hs, hn *netlink.Handle, n *node, i int, link string) error {
 	if err := addAddr(hn, holder, addr); err != nil {
 		return err
 	}
+	if n.Role == RoleClient {
+		// A second network on the same LAN, for guests with two cards.
+		second := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 79, 0, byte(n.Number)}), 24)
+		if err := addAddr(hn, holder, second); err != nil {
+			return err
+		}
+	}
 	if n.Down[link] {
 		return nil
 	}
