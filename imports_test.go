@@ -286,7 +286,7 @@ func reach(all map[string]*pkg, from, prefix string) []string {
 			}
 			before[imp] = queue[0]
 			if match(imp) {
-				way := []string{imp}
+				way := []string{strings.TrimPrefix(imp, module)}
 				for q := queue[0]; q != ""; q = before[q] {
 					way = append([]string{strings.TrimPrefix(q, module)}, way...)
 				}
