@@ -43,7 +43,7 @@ func testPKI(t testing.TB) *tls.Config {
 	pool := x509.NewCertPool()
 	pool.AddCert(caCert)
 	return &tls.Config{
-		Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}},
+		Certificates: []tls.Certificate{{Certificate: [][]byte{der, caDER}, PrivateKey: key}},
 		RootCAs:      pool, ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert, ServerName: "host",
 	}
 }
