@@ -11,6 +11,7 @@ import (
 	"perdure/internal/epoch"
 	"perdure/internal/guestmem"
 	"perdure/internal/model"
+	"perdure/internal/netbuf"
 	"perdure/internal/peer"
 	"perdure/internal/shimapi"
 )
@@ -367,6 +368,13 @@ func (pr *pair) transmit(c *captured) error {
 			return err
 		}
 	}
+	if c.flags&flagFinal != 0 {
+		for n, f := range c.frames {
+			if err := pr.sendFrames(n, f.AppendTo(nil), part); err != nil {
+				return err
+			}
+		}
+	}
 	if err := part(kindEpochDevices, c.end(h, pr.prevDev)); err != nil {
 		return err
 	}
@@ -392,6 +400,18 @@ func (pr *pair) sendDisk(disk int, wire []byte, part func(uint8, ...[]byte) erro
 		n := min(len(wire), maxPart)
 		head := pack(diskPart{Disk: uint32(disk), More: boolByte(len(wire) > n)})
 		if err := part(kindEpochDisk, head, wire[:n]); err != nil {
+			return err
+		}
+		wire = wire[n:]
+	}
+	return nil
+}
+
+// sendFrames sends the held frames of one NIC, for the secondary to release.
+func (pr *pair) sendFrames(nic int, wire []byte, part func(uint8, ...[]byte) error) error {
+	for first := true; first || len(wire) > 0; first = false {
+		n := min(len(wire), maxPart)
+		if err := part(kindEpochFrames, pack(diskPart{Disk: uint32(nic), More: boolByte(len(wire) > n)}), wire[:n]); err != nil {
 			return err
 		}
 		wire = wire[n:]
@@ -480,7 +500,12 @@ func (pr *pair) release(c *captured) {
 func (p *primary) letGo(c *captured) bool {
 	p.relMu.Lock()
 	open, err := p.s.gate.whileOpen(func() error {
+		// The frames of a hand-over leave from the host that goes on: a stopped
+		// QEMU would not send them.
 		for n, f := range c.frames {
+			if c.flags&flagFinal != 0 {
+				break
+			}
 			if err := p.inst.nics[n].Release(p.ctx, f); err != nil {
 				return err
 			}
@@ -504,7 +529,25 @@ func (p *primary) letGo(c *captured) bool {
 	return true
 }
 
-// leave ends the pair's goroutines; what is in flight is settled by settleAlone.
+// releaseFrames lets frames by NIC leave; the guest runs.
+func (p *primary) releaseFrames(frames []netbuf.Frames) {
+	for n, f := range frames {
+		for p.ctx.Err() == nil {
+			p.relMu.Lock()
+			open, err := p.s.gate.whileOpen(func() error { return p.inst.nics[n].Release(p.ctx, f) })
+			p.relMu.Unlock()
+			if err != nil && p.ctx.Err() == nil {
+				p.s.log.Warn("release output", "error", err)
+			}
+			if open {
+				break
+			}
+			sleep(p.ctx, time.Millisecond)
+		}
+	}
+}
+
+// leave ends the pair's goroutines; what is in flight is settled by commitAlone.
 func (pr *pair) leave() {
 	pr.mu.Lock()
 	pr.left = true
@@ -517,34 +560,45 @@ func (pr *pair) leave() {
 	pr.work.Wait()
 }
 
-// settleAlone commits and releases everything in flight, in order, after
-// simplex was granted. The guest stands still.
-func (pr *pair) settleAlone() error {
+// commitAlone commits everything in flight, in order, after simplex was
+// granted. The guest stands still. It returns what is still to be released.
+func (pr *pair) commitAlone() ([]*captured, error) {
 	pr.mu.Lock()
-	first := pr.books.Open()
+	open := pr.books.Open()
 	pr.books.Alone()
 	pr.mu.Unlock()
-	for _, n := range first {
+	var flights []*captured
+	for _, n := range open {
 		c := pr.flights[n]
 		select {
 		case <-c.persisted:
 		default:
 			if err := pr.p.persistEpoch(c, pr.term, nil); err != nil {
-				return err
+				return nil, err
 			}
 			close(c.persisted)
 		}
 		if err := pr.commit(c); err != nil {
-			return err
+			return nil, err
 		}
-		for !pr.p.letGo(c) {
-			if pr.p.ctx.Err() != nil {
-				return pr.p.ctx.Err()
-			}
+		flights = append(flights, c)
+	}
+	return flights, nil
+}
+
+// releaseAlone lets the output of those epochs leave; the guest runs again, its
+// new output waits behind.
+func (pr *pair) releaseAlone(flights []*captured) {
+	for _, c := range flights {
+		select {
+		case <-c.released:
+			continue
+		default:
+		}
+		for !pr.p.letGo(c) && pr.p.ctx.Err() == nil {
 			sleep(pr.p.ctx, time.Millisecond)
 		}
 	}
-	return nil
 }
 
 func (pr *pair) close(reason string) {

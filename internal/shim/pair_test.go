@@ -12,7 +12,7 @@ import (
 // TestTakeover is the product in one test: a guest is protected, its QEMU is
 // killed, and it goes on where it was on the other host.
 func TestTakeover(t *testing.T) {
-	w := newWorld(t, 256, 0)
+	w := newWorld(t, 256, 1)
 	a, b := w.hosts["a"], w.hosts["b"]
 	a.start()
 	w.until("simplex", 60*time.Second, func(r model.Record) bool { return r.Mode == model.ModeSimplex })

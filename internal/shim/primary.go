@@ -12,6 +12,7 @@ import (
 	"perdure/internal/epoch"
 	"perdure/internal/guestmem"
 	"perdure/internal/model"
+	"perdure/internal/netbuf"
 	"perdure/internal/qemu"
 	"perdure/internal/shimapi"
 )
@@ -48,6 +49,7 @@ type primary struct {
 	standing string
 	pacer    *epoch.Pacer
 	started  bool
+	kept     []netbuf.Frames // output that leaves as soon as the guest runs: of a hand-over, by NIC
 
 	ended sync.Once
 	mu    sync.Mutex // guards what others read
@@ -279,6 +281,8 @@ func (p *primary) resume() error {
 // run starts a guest that was built or whose hand-over failed.
 func (p *primary) run(paused bool) {
 	p.do(func() {
+		kept := p.kept
+		p.kept = nil
 		if paused {
 			p.standing = standsPaused
 			p.setState(model.StatePaused)
@@ -288,6 +292,7 @@ func (p *primary) run(paused bool) {
 			p.guestEnded(err.Error())
 			return
 		}
+		p.releaseFrames(kept)
 		if !p.started {
 			p.started = true
 			p.s.tl.add("started", 0, 0, "the guest runs on host %s", p.s.cfg.Host)
@@ -540,6 +545,7 @@ func (p *primary) switchover() error {
 		return errors.New("the final checkpoint failed; see events")
 	}
 	p.standing = standsFinal
+	p.kept = c.frames
 	p.s.tl.add("switchover", c.epoch, 0, "final epoch captured, handing over")
 	p.whenReleased(c, func() { p.s.post(authority.EvSwitchedOver{}) })
 	return nil
@@ -622,7 +628,8 @@ func (p *primary) leaveHeld(pr *pair) error {
 	if err != nil {
 		return err
 	}
-	if err := pr.settleAlone(); err != nil {
+	flights, err := pr.commitAlone()
+	if err != nil {
 		return err
 	}
 	for _, v := range p.inst.vols {
@@ -639,6 +646,8 @@ func (p *primary) leaveHeld(pr *pair) error {
 			return err
 		}
 	}
+	// Only now: a stopped QEMU does not send what it is given.
+	pr.releaseAlone(flights)
 	p.pass()
 	p.s.tl.add("simplex", p.lastEpoch(), time.Since(start), "the VM goes on without a secondary")
 	return nil

@@ -58,6 +58,7 @@ type whole struct {
 	wires   [][]byte // encoded writes by disk
 	disks   []*blockstore.EpochWrites
 	dev     []byte
+	output  [][]byte // frames by NIC that leave after the takeover
 	console []byte
 	audit   []pageHash
 }
@@ -225,7 +226,7 @@ func (st *standby) take(m peer.Message) error {
 		return st.takeChunk(m.Payload)
 	case kindEpochBegin:
 		return st.takeBegin(m.Payload)
-	case kindEpochPages, kindEpochDisk, kindEpochDevices:
+	case kindEpochPages, kindEpochDisk, kindEpochFrames, kindEpochDevices:
 		return st.takePart(m)
 	case kindEpochEnd:
 		return st.takeEnd(m.Payload)
@@ -290,6 +291,8 @@ func (st *standby) takePart(m peer.Message) error {
 		st.cur.frames = append(st.cur.frames, m.Payload)
 	case kindEpochDisk:
 		return st.takeDisk(m.Payload)
+	case kindEpochFrames:
+		return st.takeFrames(m.Payload)
 	case kindEpochDevices:
 		return st.takeDevices(m.Payload)
 	}
@@ -318,6 +321,25 @@ func (st *standby) takeDisk(p []byte) error {
 		return fmt.Errorf("writes for disk %d: %w", d.Disk, err)
 	}
 	st.cur.disks[d.Disk] = w
+	return nil
+}
+
+// takeFrames collects output that this host releases when it takes over.
+func (st *standby) takeFrames(p []byte) error {
+	var d diskPart
+	if len(p) < diskHead {
+		return fmt.Errorf("frames: %d bytes, at least %d wanted", len(p), diskHead)
+	}
+	if err := unpack(p[:diskHead], &d); err != nil {
+		return err
+	}
+	if int(d.Disk) >= len(st.inst.nics) {
+		return fmt.Errorf("frames of network card %d, there are %d", d.Disk, len(st.inst.nics))
+	}
+	if st.cur.output == nil {
+		st.cur.output = make([][]byte, len(st.inst.nics))
+	}
+	st.cur.output[d.Disk] = append(st.cur.output[d.Disk], p[diskHead:]...)
 	return nil
 }
 

@@ -8,6 +8,7 @@ import (
 	"perdure/internal/authority"
 	"perdure/internal/blockstore"
 	"perdure/internal/model"
+	"perdure/internal/netbuf"
 	"perdure/internal/shimapi"
 	"perdure/internal/vfs"
 )
@@ -55,6 +56,13 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 	s.mu.Lock()
 	s.prim, s.stby = p, nil
 	s.mu.Unlock()
+	for _, wire := range c.output {
+		f, err := netbuf.ParseFrames(wire)
+		if err != nil {
+			s.log.Error("output of the hand-over", "error", err)
+		}
+		p.kept = append(p.kept, f)
+	}
 	paused := a.Paused || c.flags&flagPaused != 0
 	p.run(paused)
 	s.tl.add("takeover", c.epoch, time.Since(start), "the VM goes on here as of epoch %d (applied in %.1f ms, loaded and running in %.1f ms)",

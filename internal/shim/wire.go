@@ -25,6 +25,7 @@ const (
 	kindEpochBegin                    // beginHeader
 	kindEpochPages                    // one frame of guestmem
 	kindEpochDisk                     // disk index, encoded writes
+	kindEpochFrames                   // NIC index, frames that the secondary releases (switchover)
 	kindEpochDevices                  // endHeader, device state, console output, audit
 	kindEpochEnd                      // endTally
 	kindSynced                        // secondary to primary: full, as of an epoch
@@ -124,7 +125,7 @@ type endTally struct {
 	Sum   uint32
 }
 
-// diskPart heads a piece of one disk's writes.
+// diskPart heads a piece of one disk's writes, or of one NIC's frames.
 type diskPart struct {
 	Disk uint32
 	More uint32 // 1: another piece follows
