@@ -1,0 +1,220 @@
+package authority
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"perdure/internal/model"
+)
+
+// result of one exploration.
+type result struct {
+	states, moves, depth int
+	viol                 string
+	trace                []move // shortest way to the violation
+	full                 bool   // nothing was left unexplored
+}
+
+// explore visits every state reachable within the budgets, breadth first, so
+// that a violation is found by the shortest way. limit bounds the states.
+func explore(sc *scenario, limit int) result {
+	start := &world{cfg: sc, left: sc.left}
+	sc.init(start)
+	type link struct {
+		parent int32
+		mv     move
+	}
+	seen := map[[16]byte]struct{}{}
+	var links []link
+	var buf []byte
+	key := func(w *world) [16]byte {
+		buf = w.code(buf)
+		sum := sha256.Sum256(buf)
+		return [16]byte(sum[:16])
+	}
+	type node struct {
+		w  *world
+		id int32
+	}
+	way := func(id int32) []move {
+		var ms []move
+		for ; id > 0; id = links[id].parent {
+			ms = append([]move{links[id].mv}, ms...)
+		}
+		return ms
+	}
+	seen[key(start)] = struct{}{}
+	links = append(links, link{-1, move{}})
+	layer := []node{{start, 0}}
+	var res result
+	var ms []move
+	for len(layer) > 0 {
+		var nextLayer []node
+		for _, nd := range layer {
+			ms = nd.w.moves(ms)
+			for _, m := range ms {
+				n := nd.w.apply(m)
+				res.moves++
+				k := key(n)
+				if _, ok := seen[k]; ok && n.viol == "" {
+					continue
+				}
+				seen[k] = struct{}{}
+				id := int32(len(links))
+				links = append(links, link{nd.id, m})
+				if n.viol != "" {
+					res.states, res.viol, res.trace = len(seen), n.viol, way(id)
+					return res
+				}
+				if len(links) < limit {
+					nextLayer = append(nextLayer, node{n, id})
+				}
+			}
+		}
+		if len(nextLayer) > 0 {
+			res.depth++
+		}
+		layer = nextLayer
+	}
+	res.states = len(seen)
+	res.full = len(links) < limit
+	return res
+}
+
+// story replays a trace into lines an operator can read.
+func story(sc *scenario, trace []move) string {
+	var b strings.Builder
+	w := &world{cfg: sc, left: sc.left}
+	sc.init(w)
+	fmt.Fprintf(&b, "start: %s\n", FormatRecord(w.rec.Record))
+	w.log = func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
+	for _, m := range trace {
+		w = w.apply(m)
+	}
+	fmt.Fprintf(&b, "VIOLATION: %s\n", w.viol)
+	return b.String()
+}
+
+func baseRecord() model.Record {
+	return model.Record{
+		VM: "vm", Level: model.LevelFT, Mode: model.ModeStopped, Wanted: model.WantStopped,
+		Replicas: map[string]model.Replica{"a": {State: model.UpToDate}},
+	}
+}
+
+func must(t model.Record, err error) model.Record {
+	if err != nil {
+		panic(err)
+	}
+	return t
+}
+
+// addShim puts a shim on h that has already read the record.
+func (w *world) addShim(h int, feed ...Event) {
+	hs := &w.h[h]
+	hs.side = New(Config{Host: hostNames[h], ClaimDelayMS: 2, RetryMS: 10})
+	hs.side.u = rules{mut: w.cfg.mut}
+	hs.mem = garbage
+	for _, ev := range feed {
+		hs.side.Step(ev)
+	}
+}
+
+// initStopped: a VM that was never started, its disk on a and a copy of the
+// same content on b (as after a duplex power-off).
+func initStopped(w *world) {
+	r := baseRecord()
+	r.Replicas["b"] = model.Replica{State: model.UpToDate}
+	w.rec = model.Versioned{Record: r, Revision: 10}
+	w.insts = []instance{{from: garbage, rel: 0, host: 0}}
+	w.h[0].disk, w.h[1].disk = pos{0, 0}, pos{0, 0}
+	w.h[0].mem, w.h[1].mem = garbage, garbage
+}
+
+// initSimplex: a runs alone, epoch 1 seen outside; b has an old replica.
+func initSimplex(w *world) {
+	rev := model.Revision(10)
+	keep := func(r model.Record) model.Versioned {
+		rev++
+		v := model.Versioned{Record: r, Revision: rev}
+		if w.cfg.mut.anyRead {
+			w.hist = append(w.hist, v)
+		}
+		return v
+	}
+	st := keep(must(Start(baseRecord(), "a")))
+	w.addShim(0, EvStart{}, EvRecord{Versioned: st, Found: true}, EvFilled{Run: "r1"})
+	sx := keep(must(Booted(st.Record, "a", "r1")))
+	w.h[0].side.Step(EvSwap{ID: 1, Outcome: Done, Current: sx})
+	w.insts = []instance{{from: garbage, rel: 1, host: 0}}
+	w.h[0].disk, w.h[0].mem, w.h[0].running = pos{0, 1}, pos{0, 1}, true
+	w.h[1].disk, w.h[1].mem = pos{0, 0}, garbage
+	w.rec, w.runs = sx, 1
+}
+
+// initDuplex: a is primary, b secondary, epoch 1 committed and seen outside.
+func initDuplex(w *world) {
+	initSimplex(w)
+	rev := w.rec.Revision
+	keep := func(r model.Record) model.Versioned {
+		rev++
+		v := model.Versioned{Record: r, Revision: rev}
+		if w.cfg.mut.anyRead {
+			w.hist = append(w.hist, v)
+		}
+		return v
+	}
+	a := &w.h[0]
+	a.side.Step(EvProtect{Host: "b"})
+	sy := keep(must(Assign(w.rec.Record, "b")))
+	a.side.Step(EvSwap{ID: 2, Outcome: Done, Current: sy})
+	w.addShim(1, EvStart{}, EvRecord{Versioned: sy, Found: true}, EvFilled{Run: "r2", Epoch: 1})
+	a.side.Step(EvPeerUp{Host: "b"})
+	a.side.Step(EvCaughtUp{})
+	a.side.Step(EvSynced{Host: "b", Run: "r2", Epoch: 1})
+	dx := keep(must(Duplex(sy.Record, "b", "r2")))
+	a.side.Step(EvSwap{ID: 3, Outcome: Done, Current: dx})
+	b := &w.h[1]
+	b.side.Step(EvPeerUp{Host: "a", Run: "r1", Term: dx.Record.Term})
+	b.side.Step(EvRecord{Versioned: dx, Found: true})
+	b.mem, b.disk, b.acking, b.session = pos{0, 1}, pos{0, 1}, b.side.Acking(), true
+	a.acked, a.ackRun, a.session, a.syncStage = 1, "r2", true, 1
+	w.rec, w.runs = dx, 2
+}
+
+// scenarios are the worlds that are explored whole.
+func scenarios() []*scenario {
+	mk := func(name string, init func(*world), left budget) *scenario {
+		return &scenario{name: name, init: init, left: left, maxOut: 2, maxMsg: 2, validate: true}
+	}
+	return []*scenario{
+		mk("duplex: silence wrongly taken, answers lost", initDuplex, budget{epoch: 3, lost: 2, connect: 1, unknown: 2}),
+		mk("duplex: a shim dies, its agent acts", initDuplex, budget{epoch: 2, crash: 1, lost: 1, unknown: 1, unread: 1, blind: 1}),
+		mk("duplex: power fails on both", initDuplex, budget{epoch: 2, power: 2, lost: 1, silence: 1, unknown: 1}),
+		mk("duplex: frozen and thawed", initDuplex, budget{epoch: 2, freeze: 2, lost: 1, power: 1}),
+		mk("duplex: survivor", initDuplex, budget{epoch: 2, survOn: 1, survOff: 1, lost: 1, connect: 1, unknown: 1}),
+		mk("duplex: survivor, a host dies", initDuplex, budget{epoch: 2, survOn: 1, lost: 1, power: 1, crash: 1}),
+		mk("duplex: switchover", initDuplex, budget{epoch: 2, handover: 1, survOn: 1, lost: 1, unknown: 1}),
+		mk("duplex: switchover, a shim dies", initDuplex, budget{epoch: 2, handover: 1, crash: 1, lost: 1, connect: 1, unknown: 1}),
+		mk("duplex: power-off by the guest", initDuplex, budget{epoch: 2, off: 1, lost: 1, unknown: 1, start: 1, paused: 1}),
+		mk("simplex: protect", initSimplex, budget{epoch: 3, protect: 1, connect: 2, lost: 1, unknown: 1}),
+		mk("simplex: protect, a shim dies", initSimplex, budget{epoch: 3, protect: 1, connect: 1, crash: 1, lost: 1, unknown: 1}),
+		mk("stopped: start, die, start again", initStopped, budget{epoch: 1, start: 2, crash: 1, power: 1, unknown: 1, off: 1}),
+		mk("duplex: takeover, return, protect again", initDuplex, budget{epoch: 3, crash: 1, protect: 1, connect: 1, lost: 1}),
+	}
+}
+
+func TestExplore(t *testing.T) {
+	for _, sc := range scenarios() {
+		began := time.Now()
+		res := explore(sc, 60_000)
+		t.Logf("%v", time.Since(began))
+		t.Logf("%-50s %8d states %9d transitions depth %3d full %v", sc.name, res.states, res.moves, res.depth, res.full)
+		if res.viol != "" {
+			t.Fatalf("%s: %s\n%s", sc.name, res.viol, story(sc, res.trace))
+		}
+	}
+}
