@@ -50,7 +50,7 @@ func (l *Lab) Interactive(ctx context.Context, host string, args ...string) *exe
 func (l *Lab) command(ctx context.Context, host string, args []string) *exec.Cmd {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	n, err := l.st.node(host)
+	n, err := l.fresh(host)
 	if err == nil {
 		err = l.usable(n)
 	}
@@ -96,7 +96,7 @@ func (l *Lab) Output(ctx context.Context, host string, args ...string) ([]byte, 
 // not run there. The thread ends with fn.
 func (l *Lab) InNetNS(host string, fn func() error) error {
 	l.mu.Lock()
-	n, err := l.st.node(host)
+	n, err := l.fresh(host)
 	if err == nil && !l.on(n) {
 		err = fmt.Errorf("%s: %w", host, ErrOff)
 	}

@@ -297,10 +297,14 @@ type Process struct {
 func (l *Lab) Processes(host string) ([]Process, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	n, err := l.st.node(host)
+	n, err := l.fresh(host)
 	if err != nil {
 		return nil, err
 	}
+	return l.processes(n)
+}
+
+func (l *Lab) processes(n *node) ([]Process, error) {
 	pids, err := cgroupPIDs(l.cgroup(n))
 	if err != nil {
 		return nil, err
@@ -411,48 +415,60 @@ type Status struct {
 // Status says what each node is and does, the switch left out.
 func (l *Lab) Status() ([]Status, error) {
 	l.mu.Lock()
-	nodes := slices.Clone(l.st.Nodes)
-	l.mu.Unlock()
+	defer l.mu.Unlock()
+	if err := l.load(); err != nil { // another process may have changed links or power
+		return nil, err
+	}
 	var out []Status
-	for _, n := range nodes {
+	for i := range l.st.Nodes {
+		n := &l.st.Nodes[i]
 		if n.Role == RoleSwitch {
 			continue
 		}
-		s := Status{Name: n.Name, Role: n.Role, Power: "off", Addr: n.lanAddr().Addr().String()}
-		if l.on(&n) {
-			s.Power = "on"
-			if cgroupFrozen(l.cgroup(&n)) {
-				s.Power = "frozen"
-			}
-		}
-		if n.Role == RoleHost {
-			for i := range l.st.ALinks {
-				s.ALinks = append(s.ALinks, n.alinkAddr(i).Addr().String())
-			}
-		}
-		for k := range n.Down {
-			s.DownLinks = append(s.DownLinks, k)
-		}
-		slices.Sort(s.DownLinks)
-		if n.Role != RoleClient {
-			s.StateDir = l.StateDir(n.Name)
-		}
-		ps, err := l.Processes(n.Name)
+		s, err := l.nodeStatus(n)
 		if err != nil {
 			return nil, err
-		}
-		s.Processes = len(ps)
-		for _, p := range ps {
-			if isPerdure(p, "agent") || isPerdure(p, "witness") {
-				s.Agent = p.PID
-			}
-			if isPerdure(p, "shim") {
-				s.VMs = append(s.VMs, filepath.Base(p.Args[len(p.Args)-1]))
-			}
 		}
 		out = append(out, s)
 	}
 	return out, nil
+}
+
+func (l *Lab) nodeStatus(n *node) (Status, error) {
+	s := Status{Name: n.Name, Role: n.Role, Power: "off", Addr: n.lanAddr().Addr().String()}
+	if l.on(n) {
+		s.Power = "on"
+		if cgroupFrozen(l.cgroup(n)) {
+			s.Power = "frozen"
+		}
+	}
+	if n.Role == RoleHost {
+		for i := range l.st.ALinks {
+			s.ALinks = append(s.ALinks, n.alinkAddr(i).Addr().String())
+		}
+	}
+	for k := range n.Down {
+		s.DownLinks = append(s.DownLinks, k)
+	}
+	slices.Sort(s.DownLinks)
+	if n.Role != RoleClient {
+		s.StateDir = l.StateDir(n.Name)
+	}
+	ps, err := l.processes(n)
+	if err != nil {
+		return s, err
+	}
+	s.Processes = len(ps)
+	for _, p := range ps {
+		if isPerdure(p, "agent") || isPerdure(p, "witness") {
+			s.Agent = p.PID
+		}
+		if i := slices.Index(p.Args, "--dir"); isPerdure(p, "shim") && i > 0 && i+1 < len(p.Args) {
+			s.VMs = append(s.VMs, filepath.Base(p.Args[i+1]))
+		}
+	}
+	slices.Sort(s.VMs)
+	return s, nil
 }
 
 // waitFile waits until the file exists.

@@ -89,6 +89,15 @@ func (l *Lab) load() error {
 	return nil
 }
 
+// fresh finds a node as it is now: another process may have powered it off and
+// on. The caller holds the lock.
+func (l *Lab) fresh(name string) (*node, error) {
+	if err := l.load(); err != nil {
+		return nil, err
+	}
+	return l.st.node(name)
+}
+
 func (l *Lab) save() error {
 	b, err := json.MarshalIndent(&l.st, "", "  ")
 	if err != nil {
