@@ -89,7 +89,7 @@ func build(ctx context.Context, cfg shimapi.Config, incoming bool, lock *os.File
 	}{
 		{"make taps", i.makeTaps},
 		{"mount guest memory", func() error { return i.mountRAM(ctx, lock, helper) }},
-		{"open disks", func() error { return i.openDisks(incoming) }},
+		{"open disks", i.openDisks},
 		{"listen for character devices", i.listenPorts},
 		{"start QEMU", func() error { return i.start(ctx, incoming, lock) }},
 		{"attach to guest memory", i.attachRAM},
@@ -131,9 +131,9 @@ func (i *instance) mountRAM(ctx context.Context, lock *os.File, helper []string)
 	return nil
 }
 
-// openDisks opens the replicas and serves them by NBD. A guest that boots from
-// them gets everything the journal holds first.
-func (i *instance) openDisks(incoming bool) error {
+// openDisks opens the replicas, with everything that their journals hold, and
+// serves them by NBD.
+func (i *instance) openDisks() error {
 	if len(i.cfg.Spec.Disks) == 0 {
 		return nil
 	}
@@ -146,13 +146,11 @@ func (i *instance) openDisks(incoming bool) error {
 		}
 		i.onClose(func() { st.Close() })
 		i.stores = append(i.stores, st)
-		if !incoming {
-			n, err := st.Replay()
-			if err != nil {
-				return fmt.Errorf("replay journal of disk %s: %w", d.ID, err)
-			}
-			i.log.Info("journal replayed", "disk", d.ID, "epochs", n)
+		n, err := st.Replay() // a standby's was emptied before
+		if err != nil {
+			return fmt.Errorf("replay journal of disk %s: %w", d.ID, err)
 		}
+		i.log.Info("journal replayed", "disk", d.ID, "epochs", n)
 		v := blockstore.NewVolume(st, blockstore.VolumeOptions{})
 		i.vols = append(i.vols, v)
 		exports[d.ID] = v
