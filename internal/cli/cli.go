@@ -51,7 +51,8 @@ type Hooks struct {
 	Flusher func(context.Context, []string) error
 	// Checks are further checks of perdure doctor, run after the built-in ones.
 	Checks func(DoctorOptions) []doctor.Check
-	// Commands are mounted as they are (lab).
+	// Commands are mounted as they are (lab). An error of theirs that has a
+	// method ExitCode ends the process with that code and without a message.
 	Commands []*cobra.Command
 }
 
@@ -169,9 +170,10 @@ func (a *app) finish(ctx context.Context, err error) int {
 	if err == nil {
 		return ExitOK
 	}
-	var code exitCode
-	if errors.As(err, &code) {
-		return int(code)
+	// The command that was run has said what there is to say. Only the error
+	// itself counts, not what it wraps: a helper's exit code is not ours.
+	if e, ok := err.(interface{ ExitCode() int }); ok { //nolint:errorlint // see above
+		return e.ExitCode()
 	}
 	if errors.Is(err, context.Canceled) && ctx.Err() != nil {
 		fmt.Fprintln(a.err, "perdure: interrupted")
@@ -188,6 +190,9 @@ func (a *app) finish(ctx context.Context, err error) int {
 type exitCode int
 
 func (e exitCode) Error() string { return fmt.Sprintf("exit code %d", int(e)) }
+
+// ExitCode is what finish looks for; mounted commands may do the same.
+func (e exitCode) ExitCode() int { return int(e) }
 
 const rootLong = `Perdure keeps virtual machines running through the loss of hosts, disks and
 networks, on ordinary Linux hosts without shared storage, on unmodified QEMU.
