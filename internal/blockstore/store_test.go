@@ -224,6 +224,11 @@ func TestDamageIsFound(t *testing.T) {
 	if err := try(func(b []byte) []byte { b[newest*slotSize+20]++; return b }); err != nil {
 		t.Fatal(err)
 	}
+	if f, err := (vfs.OS{}).Open(meta); err != nil {
+		t.Fatal(err)
+	} else if m, err := readMeta(f); err != nil || m.seq != s.meta.seq-1 || f.Close() != nil {
+		t.Fatalf("the slot before is not there: %+v %v", m, err)
+	}
 	if err := try(func(b []byte) []byte {
 		m := s.meta
 		p := m.encode()
