@@ -35,14 +35,16 @@ func (s *Session) tick(now time.Duration) time.Duration {
 	if s.cause != nil || s.checkSilence(now) {
 		return time.Hour
 	}
-	next := s.LastHeard() + s.cfg.Silence + time.Millisecond
+	s.patience.settle(now, &s.cfg)
+	limit := s.silence()
+	next := s.LastHeard() + limit + time.Millisecond
 	var best time.Duration = -1
 	for _, l := range s.links {
 		if !l.up {
 			continue
 		}
 		quiet := now - time.Duration(l.heard.Load())
-		if quiet > s.cfg.Silence {
+		if quiet > limit {
 			l.drop("silent for "+quiet.Round(time.Millisecond).String(), false)
 			continue
 		}

@@ -41,6 +41,11 @@ type Config struct {
 	// Silence on all links after which the session is lost, and on one link
 	// after which that link is dropped and redialled. 20 ms to 1 min, default 300 ms.
 	Silence time.Duration
+	// MaxSilence is how far Silence may stretch by itself: to four times the
+	// longest gap between signs of life in the last ten to twenty seconds, so that
+	// a link or a host that is known to stutter is not called dead for it. Default
+	// twice Silence; equal to Silence: never.
+	MaxSilence time.Duration
 	// Ping is the distance of heartbeats on each link; default Silence/12, at most 25 ms.
 	Ping time.Duration
 	// Window is the credit given to the peer: bytes (payload and bookkeeping) that
@@ -71,6 +76,12 @@ func (c Config) withDefaults(dialler bool) (Config, error) {
 	}
 	if c.Silence < 20*time.Millisecond || c.Silence > time.Minute {
 		return c, fmt.Errorf("check peer config: silence of %v is not within 20ms and 1m", c.Silence)
+	}
+	if c.MaxSilence == 0 {
+		c.MaxSilence = 2 * c.Silence
+	}
+	if c.MaxSilence < c.Silence || c.MaxSilence > 2*time.Minute {
+		return c, fmt.Errorf("check peer config: longest silence of %v is not within %v and 2m", c.MaxSilence, c.Silence)
 	}
 	if c.Ping == 0 {
 		c.Ping = min(c.Silence/12, 25*time.Millisecond)

@@ -40,24 +40,15 @@ type timedConn struct {
 // errStale is returned to a reader whose session went silent before it looked.
 var errStale = errors.New("session was silent for too long")
 
-// Read notes the time, after having compared it with the last one: a process
-// that was frozen must not take what waits in its socket for a sign of life.
+// Read notes the time, after having compared it with the last one; see hear.
 func (t timedConn) Read(b []byte) (int, error) {
 	n, err := t.TCPConn.Read(b)
 	if n <= 0 {
 		return n, err
 	}
 	now := Now()
-	if s := t.c.owner.Load(); s != nil {
-		if now-s.LastHeard() > s.cfg.Silence {
-			s.mu.Lock()
-			silent := s.cause != nil || s.checkSilence(now)
-			s.mu.Unlock()
-			if silent {
-				return 0, errStale
-			}
-		}
-		later(&s.heard, now)
+	if s := t.c.owner.Load(); s != nil && !s.hear(now) {
+		return 0, errStale
 	}
 	later(&t.c.heard, now)
 	return n, err
@@ -73,16 +64,6 @@ func (t timedConn) Write(b []byte) (int, error) {
 		return len(b), nil
 	}
 	return t.TCPConn.Write(b)
-}
-
-// later moves a time forward only.
-func later(at *atomic.Int64, now time.Duration) {
-	for {
-		old := at.Load()
-		if int64(now) <= old || at.CompareAndSwap(old, int64(now)) {
-			return
-		}
-	}
 }
 
 // bind makes the connection count as a sign of life of s.

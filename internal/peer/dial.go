@@ -267,7 +267,9 @@ func (s *Session) agree(w hello) error {
 func (s *Session) begin(peer nonce, opaque []byte, limit uint64) {
 	s.peerNonce, s.peerHello, s.out.limit = peer, opaque, int64(limit)
 	s.established = true
-	later(&s.heard, Now())
+	now := Now()
+	later(&s.heard, now)
+	s.patience.since = now
 	s.wg.Add(1)
 	go s.clerk()
 }

@@ -21,7 +21,7 @@ type Cause uint8
 // The causes. None of them proves that a guest is dead.
 const (
 	CauseNone     Cause = iota // the session lives
-	CauseSilent                // nothing was heard on any link for Config.Silence
+	CauseSilent                // nothing was heard on any link for Config.Silence (or longer, see MaxSilence)
 	CauseDied                  // every link was closed by the peer's kernel without goodbye: its process died
 	CauseClosed                // the peer called Close; Detail is its reason
 	CauseLocal                 // this side called Close; Detail is its reason

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"flag"
+	"log/slog"
 	"math/rand/v2"
 	"testing"
 	"time"
@@ -12,7 +13,7 @@ import (
 
 var (
 	faultSeed   = flag.Uint64("fault.seed", 0, "seed of the random faults; 0 draws one")
-	faultRounds = flag.Int("fault.rounds", 12, "random faults per run")
+	faultRounds = flag.Int("fault.rounds", 8, "random faults per run")
 )
 
 // fault does one kind of harm to one proxy; the returned function ends it.
@@ -77,8 +78,10 @@ func TestFaultsOnOneLinkAtATimeCostNoMessage(t *testing.T) {
 	t.Logf("seed %d (run again with -fault.seed=%d)", seed, seed)
 	r := rand.New(rand.NewPCG(seed, 1))
 	w := newWorld(t, 2, func(a, b *Config) {
-		a.Silence, b.Silence = 600*time.Millisecond, 600*time.Millisecond
+		a.Silence, b.Silence = 3*time.Second, 3*time.Second
 		a.Window, b.Window = MinWindow, MinWindow
+		h := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
+		a.Log, b.Log = h.With("side", "a"), h.With("side", "b")
 	})
 	stop := make(chan struct{})
 	type result struct {
@@ -101,6 +104,9 @@ func TestFaultsOnOneLinkAtATimeCostNoMessage(t *testing.T) {
 		t.Logf("round %d: %s", round, f.name)
 		f.do(p, r)
 		hold := time.NewTimer(time.Duration(r.IntN(800)) * time.Millisecond) // how long the fault lasts
+		if r.IntN(8) == 0 {
+			hold.Reset(4 * time.Second) // beyond the silence of a link
+		}
 		select {
 		case <-hold.C:
 		case <-w.a.Lost():
@@ -109,7 +115,7 @@ func TestFaultsOnOneLinkAtATimeCostNoMessage(t *testing.T) {
 		p.heal()
 		w.allUp(t)
 		if w.a.Cause() != nil || w.b.Cause() != nil {
-			t.Fatalf("session lost: %v / %v", w.a.Cause(), w.b.Cause())
+			t.Fatalf("session lost: %v / %v; longest stall %v", w.a.Cause(), w.b.Cause(), w.stall())
 		}
 	}
 	close(stop)
@@ -191,7 +197,7 @@ func TestABlackHoleOnOneLinkDelaysNothing(t *testing.T) {
 		check(t, err)
 		took := time.Since(start)
 		t.Logf("%d bytes took %v", size, took)
-		if limit := 500 * time.Millisecond; took > limit {
+		if limit := 2 * time.Second; took > limit {
 			t.Errorf("%d bytes took %v", size, took)
 		}
 	}
@@ -216,7 +222,7 @@ func TestOneWaySilenceEndsBothSides(t *testing.T) {
 	}
 	<-w.b.Lost()
 	<-w.a.Lost()
-	if took := time.Since(start); took > time.Second {
+	if took := time.Since(start); took > 3*time.Second {
 		t.Errorf("took %v", took)
 	}
 	t.Logf("a: %v; b: %v", w.a.Cause(), w.b.Cause())

@@ -12,6 +12,7 @@ import (
 	"math/big"
 	"net"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -61,10 +62,31 @@ type world struct {
 	proxies  []*proxy
 	a, b     *Session // a dialled, b accepted
 	cfgA     Config
+	late     atomic.Int64 // longest time by which a timer of this process was late
 }
 
+// watchStalls measures how late the machine lets this process run, to tell a
+// starved test from a broken one.
+func (w *world) watchStalls(stop <-chan struct{}) {
+	t := time.NewTicker(5 * time.Millisecond)
+	defer t.Stop()
+	last := Now()
+	for {
+		select {
+		case <-t.C:
+		case <-stop:
+			return
+		}
+		now := Now()
+		w.late.Store(max(w.late.Load(), int64(now-last)))
+		last = now
+	}
+}
+
+func (w *world) stall() time.Duration { return time.Duration(w.late.Load()) }
+
 func testConfig(t testing.TB) Config {
-	return Config{TLS: testPKI(t), Verify: func(tls.ConnectionState) error { return nil }, Silence: time.Second}
+	return Config{TLS: testPKI(t), Verify: func(tls.ConnectionState) error { return nil }, Silence: 4 * time.Second}
 }
 
 // newWorld connects two sides over links proxies; change may be nil.
@@ -95,8 +117,11 @@ func newWorld(t testing.TB, links int, change func(a, b *Config)) *world {
 	check(t, err)
 	w.b, err = w.listener.Accept(ctx)
 	check(t, err)
+	stop := make(chan struct{})
+	go w.watchStalls(stop)
 	w.allUp(t)
 	t.Cleanup(func() {
+		close(stop)
 		w.a.Close("test ends")
 		w.b.Close("test ends")
 		w.listener.Close()
@@ -112,6 +137,9 @@ func (w *world) allUp(t testing.TB) {
 	t.Helper()
 	eventually(t, "all links up", func() bool {
 		for _, s := range []*Session{w.a, w.b} {
+			if err := s.Cause(); err != nil {
+				t.Fatalf("session lost: %v; longest stall of this process: %v", err, w.stall())
+			}
 			for _, l := range s.Links() {
 				if !l.Up || l.RTT == 0 {
 					return false
@@ -231,7 +259,9 @@ func (p *proxy) pump(to, from net.Conn, toTarget bool) {
 			}
 			out := buf[:n]
 			if pass != nil {
+				p.mu.Lock()
 				out = pass(toTarget, out)
+				p.mu.Unlock()
 			}
 			if _, err := to.Write(out); err != nil {
 				return

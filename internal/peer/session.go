@@ -50,6 +50,7 @@ type Session struct {
 	in          *receiver
 	told        uint64 // highest credit limit told to the peer
 	urgentOut   uint64
+	patience    patience
 	urgentIn    dedup
 	cause       *LostError
 }
@@ -67,6 +68,7 @@ func newSession(cfg Config, n nonce, links int) *Session {
 	}
 	s.sendRight <- struct{}{}
 	s.told = s.in.limit()
+	s.patience.limit.Store(int64(cfg.Silence))
 	for i := range links {
 		s.links = append(s.links, newLink(s, i))
 	}
@@ -332,20 +334,6 @@ func (s *Session) Close(reason string) {
 	s.lose(&LostError{Cause: CauseLocal, Detail: reason}, codeClosed, reason)
 	s.mu.Unlock()
 	s.wg.Wait()
-}
-
-// checkSilence loses the session if nothing was heard for too long. It is
-// called under the lock, with a time read just before, wherever something that
-// was received is about to be believed. Invariant: nothing is handed out whose
-// predecessor on the wire is older than Silence.
-func (s *Session) checkSilence(now time.Duration) bool {
-	quiet := now - s.LastHeard()
-	if quiet <= s.cfg.Silence {
-		return false
-	}
-	detail := fmt.Sprintf("nothing heard for %v", quiet.Round(time.Millisecond))
-	s.lose(&LostError{Cause: CauseSilent, Detail: detail}, codeSilent, detail)
-	return true
 }
 
 // lose ends the session under the lock; the first cause counts. A code other
