@@ -210,7 +210,28 @@ func scribble(mem []byte, seed uint64, stop *atomic.Bool, stall *atomic.Int64) {
 	}
 }
 
-func serverMain(dir string) {}
+// serverMain serves a RAM in a process of its own, which a test can kill.
+func serverMain(dir string) {
+	exe, _ := os.Executable()
+	r, err := Open(context.Background(), Config{Dir: dir, Size: testSize, Helper: []string{"/usr/bin/env", roleEnv + "=helper", exe}})
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	fmt.Println(r.help.cmd.Process.Pid)
+	in := bufio.NewReader(os.Stdin)
+	for {
+		if _, err := in.ReadString('\n'); err != nil {
+			os.Exit(0)
+		}
+		err := r.Attach()
+		r.SetMode(Collect)
+		if err == nil {
+			err = r.Flush()
+		}
+		fmt.Println(err)
+	}
+}
 
 // memory returns the guest's memory as it sees it.
 func (g *guest) memory() []byte {
@@ -232,4 +253,14 @@ func dropCache(t testing.TB, path string) {
 	if err != nil {
 		t.Fatalf("dd: %v: %s", err, out)
 	}
+}
+
+// readFile reads a RAM file in another process, as this one must not hold it.
+func readFile(t testing.TB, path string) []byte {
+	t.Helper()
+	b, err := exec.Command(testenv.Tool(t, "cat"), path).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
 }
