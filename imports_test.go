@@ -384,6 +384,18 @@ func f() { go f(); clock.Sleep(1); _ = clock.Now(); <-clock.After(1); var d cloc
 	}
 }
 
+func TestArchitecturePageNamesEveryPackage(t *testing.T) {
+	page, err := os.ReadFile("docs/ARCHITECTURE.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := range table() {
+		if !bytes.Contains(page, []byte("`"+n+"`")) {
+			t.Errorf("docs/ARCHITECTURE.md does not name %s", n)
+		}
+	}
+}
+
 func TestReach(t *testing.T) {
 	all := map[string]*pkg{
 		"perdure/a": {Imports: []string{"perdure/b", "fmt"}}, "perdure/b": {Imports: []string{"go.x.io/y/z"}},

@@ -12,6 +12,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"io"
 	"math/big"
 	"net"
@@ -560,5 +561,35 @@ func TestOpenAPI(t *testing.T) {
 	}
 	if bytes.Contains(b, []byte("ErrorModel")) {
 		t.Error("errors are described as huma's own")
+	}
+}
+
+// The page about the interface names every path and every error class.
+func TestPageIsComplete(t *testing.T) {
+	page, err := os.ReadFile("../../docs/api.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := httpapi.New(httpapi.Options{Service: apitest.New()}).OpenAPI()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var spec struct {
+		Paths map[string]map[string]json.RawMessage `json:"paths"`
+	}
+	if err := json.Unmarshal(b, &spec); err != nil {
+		t.Fatal(err)
+	}
+	for path, methods := range spec.Paths {
+		for m := range methods {
+			if want := "`" + strings.ToUpper(m) + " " + strings.TrimPrefix(path, api.Prefix); !bytes.Contains(page, []byte(want)) {
+				t.Errorf("docs/api.md does not name %s", want)
+			}
+		}
+	}
+	for _, c := range api.Classes() {
+		if want := fmt.Sprintf("| `%s` | %d | %d |", c.Class, c.Status, c.Exit); !bytes.Contains(page, []byte(want)) {
+			t.Errorf("docs/api.md has no row %s", want)
+		}
 	}
 }
