@@ -19,6 +19,8 @@ type VMView struct {
 	Spec      model.VMSpec
 	Record    model.Versioned
 	Endpoints map[string]shimapi.Endpoint // by host
+	// Unprotected: a person gave the second copy up; none is made until asked for.
+	Unprotected bool
 }
 
 // cache is the local copy of all keys, fed by a watch.
@@ -84,6 +86,8 @@ func (c *cache) setVM(vm, rest string, kv *mvccpb.KeyValue) {
 			return
 		}
 		v.Record = rec
+	case rest == "unprotected":
+		v.Unprotected = true
 	case len(rest) > len("endpoint/") && rest[:len("endpoint/")] == "endpoint/":
 		var e shimapi.Endpoint
 		if json.Unmarshal(kv.Value, &e) != nil {
@@ -109,6 +113,9 @@ func (c *cache) del(key string) {
 		case !known:
 		case rest == "spec" || rest == "record":
 			delete(c.vms, vm)
+		case rest == "unprotected":
+			v.Unprotected = false
+			c.vms[vm] = v
 		case len(rest) > len("endpoint/"):
 			m := map[string]shimapi.Endpoint{}
 			for h, e := range v.Endpoints {
@@ -261,4 +268,11 @@ func (s *Store) ClusterCached() ClusterInfo {
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
 	return s.cache.cluster
+}
+
+// AsOf is when the local copy last changed.
+func (s *Store) AsOf() time.Time {
+	s.cache.mu.Lock()
+	defer s.cache.mu.Unlock()
+	return s.cache.asOf
 }

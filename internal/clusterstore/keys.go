@@ -24,6 +24,7 @@ const (
 func vmPrefix(vm string) string          { return vmDir + vm + "/" }
 func specKey(vm string) string           { return vmPrefix(vm) + "spec" }
 func recordKey(vm string) string         { return vmPrefix(vm) + "record" }
+func unprotectedKey(vm string) string    { return vmPrefix(vm) + "unprotected" }
 func endpointKey(vm, host string) string { return vmPrefix(vm) + "endpoint/" + host }
 
 // ClusterInfo is what the cluster is called.
@@ -43,7 +44,9 @@ type HostInfo struct {
 	MemoryTotal int64    `json:"memory_total"` // bytes
 	MemoryFree  int64    `json:"memory_free"`  // MemAvailable in bytes, now and then
 	Accel       string   `json:"accel"`        // "kvm" or "tcg"
-	QEMU        string   `json:"qemu"`         // version, "7.2.22"; empty: none
+	QEMU        string   `json:"qemu"`         // version, "7.2.22"; empty: none that can be used
+	Machine     string   `json:"machine"`      // newest versioned machine type, "pc-q35-7.2"
+	CPU         string   `json:"cpu"`          // default CPU model under Accel
 	Version     string   `json:"version"`      // of Perdure
 	StateDir    string   `json:"state_dir"`
 }
@@ -118,29 +121,30 @@ func (s *Store) PutToken(ctx context.Context, t Token) error {
 
 // UseToken takes a token out of the store if its secret's hash and role are the
 // given ones and it has not expired at now. It succeeds for one caller only.
-// ErrNotFound covers a wrong secret too, so that nobody learns which it was.
-func (s *Store) UseToken(ctx context.Context, id, secretHash, role string, now time.Time) error {
+// ErrNotFound covers a wrong secret too, so that nobody learns which it was. It returns when the
+// token would have expired.
+func (s *Store) UseToken(ctx context.Context, id, secretHash, role string, now time.Time) (expires time.Time, err error) {
 	key := tokenDir + id
 	var t Token
 	if err := s.getJSON(ctx, key, &t); err != nil {
-		return fmt.Errorf("use token: %w", err)
+		return time.Time{}, fmt.Errorf("use token: %w", err)
 	}
 	if t.SecretHash != secretHash || t.Role != role || !now.Before(t.Expires) {
-		return fmt.Errorf("use token: %w", ErrNotFound)
+		return time.Time{}, fmt.Errorf("use token: %w", ErrNotFound)
 	}
 	val, err := json.Marshal(t)
 	if err != nil {
-		return fmt.Errorf("use token: %w", err)
+		return time.Time{}, fmt.Errorf("use token: %w", err)
 	}
 	ok, err := s.txn(ctx, []clientv3.Cmp{clientv3.Compare(clientv3.Value(key), "=", string(val))},
 		[]clientv3.Op{clientv3.OpDelete(key)})
 	if err != nil {
-		return fmt.Errorf("use token: %w", err)
+		return time.Time{}, fmt.Errorf("use token: %w", err)
 	}
 	if !ok {
-		return fmt.Errorf("use token: %w", ErrNotFound)
+		return time.Time{}, fmt.Errorf("use token: %w", ErrNotFound)
 	}
-	return nil
+	return t.Expires, nil
 }
 
 // SweepTokens removes tokens that expired before now.
@@ -240,6 +244,22 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	case <-ctx.Done():
 		return false
 	}
+}
+
+// SetUnprotected notes that a person gave a VM's second copy up, or wants it back.
+func (s *Store) SetUnprotected(ctx context.Context, vm string, off bool) error {
+	op := clientv3.OpDelete(unprotectedKey(vm))
+	if off {
+		op = clientv3.OpPut(unprotectedKey(vm), "1")
+	}
+	ok, err := s.txn(ctx, []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(specKey(vm)), ">", 0)}, []clientv3.Op{op})
+	if err == nil && !ok {
+		err = ErrNotFound
+	}
+	if err != nil {
+		return fmt.Errorf("note protection of %q: %w", vm, err)
+	}
+	return nil
 }
 
 // splitVM takes a key below vmDir apart: VM and the rest ("spec", "record",

@@ -240,10 +240,10 @@ func TestTokensAliveHosts(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, use := range map[string]func() error{
-		"wrong secret": func() error { return s.UseToken(ctx, "t1", "x", "host", now) },
-		"wrong role":   func() error { return s.UseToken(ctx, "t1", tok.SecretHash, "witness", now) },
-		"expired":      func() error { return s.UseToken(ctx, "t1", tok.SecretHash, "host", now.Add(time.Hour)) },
-		"unknown":      func() error { return s.UseToken(ctx, "t2", tok.SecretHash, "host", now) },
+		"wrong secret": func() error { _, err := s.UseToken(ctx, "t1", "x", "host", now); return err },
+		"wrong role":   func() error { _, err := s.UseToken(ctx, "t1", tok.SecretHash, "witness", now); return err },
+		"expired":      func() error { _, err := s.UseToken(ctx, "t1", tok.SecretHash, "host", now.Add(time.Hour)); return err },
+		"unknown":      func() error { _, err := s.UseToken(ctx, "t2", tok.SecretHash, "host", now); return err },
 	} {
 		if err := use(); !errors.Is(err, ErrNotFound) {
 			t.Errorf("%s: %v", name, err)
@@ -256,7 +256,7 @@ func TestTokensAliveHosts(t *testing.T) {
 		wg.Add(1)
 		go func() {
 			defer wg.Done()
-			if s.UseToken(ctx, "t1", tok.SecretHash, "host", now) == nil {
+			if _, err := s.UseToken(ctx, "t1", tok.SecretHash, "host", now); err == nil {
 				mu.Lock()
 				wins++
 				mu.Unlock()
