@@ -116,6 +116,23 @@ func startChild(t *testing.T) (*Session, *exec.Cmd, *bufio.Scanner) {
 	return s, cmd, bufio.NewScanner(out)
 }
 
+// stopped reports whether every thread of a process is stopped: the signal is
+// delivered to each in its own time.
+func stopped(t *testing.T, pid int) bool {
+	t.Helper()
+	stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+	check(t, err)
+	for _, f := range stats {
+		b, err := os.ReadFile(f)
+		check(t, err)
+		_, rest, _ := strings.Cut(string(b), ") ")
+		if !strings.HasPrefix(rest, "T") {
+			return false
+		}
+	}
+	return len(stats) > 0
+}
+
 func TestAKilledPeerProcessIsNoticedAtOnce(t *testing.T) {
 	s, cmd, _ := startChild(t)
 	_, err := s.Recv(testCtx(t))
@@ -142,6 +159,7 @@ func TestAFrozenPeerProcessIsLostAndKnowsItWhenThawed(t *testing.T) {
 	}
 	check(t, cmd.Process.Signal(syscall.SIGSTOP))
 	start := time.Now()
+	eventually(t, "all threads stand still", func() bool { return stopped(t, cmd.Process.Pid) })
 	for s.Cause() == nil { // what lies in its sockets when it wakes
 		if err := s.Send(testCtx(t), 1, []byte("stale")); err != nil && !errors.Is(err, ErrLost) {
 			t.Fatal(err)
