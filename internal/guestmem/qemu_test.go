@@ -14,9 +14,9 @@ import (
 	"perdure/internal/testenv"
 )
 
-// bootSector is a guest of 28 bytes: it fills 512 KiB from 0x10000 on with a running number, for ever.
-func bootSector() []byte {
-	b := make([]byte, 512)
+// firmware is a guest of 28 bytes in place of a BIOS: it fills 512 KiB from 0x10000 on with a running number, for ever.
+func firmware() []byte {
+	b := make([]byte, 64<<10)
 	copy(b, []byte{
 		0xB8, 0x00, 0x10, //     start: mov ax, 0x1000
 		0x8E, 0xC0, //           seg:   mov es, ax
@@ -32,7 +32,7 @@ func bootSector() []byte {
 		0x72, 0xE9, //                  jb seg
 		0xEB, 0xE4, //                  jmp start
 	})
-	b[510], b[511] = 0x55, 0xAA
+	copy(b[0xFFF0:], []byte{0xEA, 0x00, 0x00, 0x00, 0xF0}) // reset: jmp 0xF000:0
 	return b
 }
 
@@ -48,8 +48,8 @@ type qemu struct {
 func startQEMU(t testing.TB, r *RAM, accel string, extra ...string) *qemu {
 	t.Helper()
 	dir := t.TempDir()
-	disk := filepath.Join(dir, "boot.img")
-	if err := os.WriteFile(disk, append(bootSector(), make([]byte, 1<<20-512)...), 0o600); err != nil {
+	rom := filepath.Join(dir, "rom")
+	if err := os.WriteFile(rom, firmware(), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	sock := filepath.Join(dir, "qmp")
@@ -57,7 +57,7 @@ func startQEMU(t testing.TB, r *RAM, accel string, extra ...string) *qemu {
 	q.cmd = exec.Command(testenv.QEMU(t), append([]string{"-accel", accel, "-M", "pc,memory-backend=ram0", "-m", fmt.Sprint(r.Size() >> 20),
 		"-object", fmt.Sprintf("memory-backend-file,id=ram0,size=%d,mem-path=%s,share=on,prealloc=on", r.Size(), r.Path()),
 		"-overcommit", "mem-lock=on", "-nodefaults", "-display", "none", "-S", "-qmp", "unix:" + sock + ",server=on,wait=off",
-		"-drive", "file=" + disk + ",format=raw,if=ide,snapshot=on"}, extra...)...)
+		"-bios", rom}, extra...)...)
 	q.cmd.Stderr = &q.log
 	if err := q.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -142,7 +142,7 @@ func TestQEMU(t *testing.T) {
 }
 
 func testQEMU(t *testing.T, accel string) {
-	const size = 64 << 20
+	const size = 16 << 20
 	a, b := openRAM(t, size), openRAM(t, size)
 	q := startQEMU(t, a, accel)
 	standby := startQEMU(t, b, accel, "-incoming", "defer")
@@ -169,11 +169,11 @@ func testQEMU(t *testing.T, accel string) {
 		if _, err := enc.Encode(ps, send); err != nil {
 			t.Fatal(err)
 		}
-		if ps.Pages() > 60 {
+		if ps.Pages() > 0 { // not a number: under some KVMs real mode is emulated, and slow
 			busy++
 		}
 		ps.Release()
-		if epoch%25 == 24 {
+		if epoch%10 == 9 {
 			compareQEMU(t, q, standby, a, b)
 		}
 		q.do("cont", nil)
@@ -185,10 +185,9 @@ func testQEMU(t *testing.T, accel string) {
 	}
 	ps.Release()
 	compareQEMU(t, q, standby, a, b)
-	if busy < 20 && accel == "tcg" {
+	if busy < 20 {
 		t.Errorf("the guest wrote in %d epochs only: %s", busy, q.log.String())
 	}
-	t.Logf("%d epochs in which the guest wrote its 128 pages", busy)
 	if ps := mustCut(t, b); ps.Pages() != 0 {
 		t.Errorf("%d stored pages came back from the standby", ps.Pages())
 	}
