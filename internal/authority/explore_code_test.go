@@ -85,7 +85,7 @@ func (w *world) appendHost(b []byte, hs *hostState) []byte {
 	if hs.side == nil {
 		return b
 	}
-	b = append(b, bits(hs.retry, hs.claim, hs.session, hs.booting, hs.running, hs.off, hs.acking, hs.part),
+	b = append(b, bits(hs.retry, hs.claim, hs.session, hs.booting, hs.running, hs.off, hs.acking, hs.part), bits(hs.link, hs.begun),
 		byte(hs.mem.inst), byte(hs.mem.n), byte(hs.acked), runCode(hs.ackRun), byte(hs.syncStage), byte(hs.swap.state))
 	switch hs.swap.state {
 	case 1:
@@ -117,7 +117,7 @@ func (w *world) code(b []byte) []byte {
 		b = w.appendHost(b, &w.h[i])
 	}
 	l := w.left
-	for _, v := range [...]int8{l.epoch, l.crash, l.power, l.freeze, l.lost, l.connect, l.protect, l.survOn, l.survOff, l.off, l.handover, l.silence, l.start, l.blind, l.paused, l.unknown, l.unread, w.runs} {
+	for _, v := range [...]int8{l.epoch, l.crash, l.power, l.freeze, l.lost, l.connect, l.protect, l.survOn, l.survOff, l.off, l.handover, l.silence, l.start, l.blind, l.paused, l.unknown, l.unread, l.disk, w.runs} {
 		b = append(b, byte(v))
 	}
 	codes := make([][12]byte, len(w.msgs))

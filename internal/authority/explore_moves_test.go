@@ -24,6 +24,7 @@ const (
 	mvBooted
 	mvCapture
 	mvRelease
+	mvBegin
 	mvCaughtUp
 	mvLastEpoch
 	mvProtect
@@ -164,6 +165,8 @@ func (w *world) shimMoves(h int, add func(moveKind, int, int)) {
 	}
 	switch {
 	case mode == model.ModeSyncing && hs.session && hs.syncStage == 0 && !s.drop:
+		add(mvBegin, h, 0)
+	case mode == model.ModeSyncing && hs.session && hs.syncStage == 1 && !s.drop:
 		if !s.caughtUp {
 			add(mvCaughtUp, h, 0)
 		}
@@ -221,7 +224,7 @@ func (w *world) agentMoves(h int, add func(moveKind, int, int)) {
 			add(mvStart, h, 0)
 		}
 	default:
-		if r.Wanted != model.WantStopped {
+		if r.Wanted != model.WantStopped && w.left.disk > 0 {
 			add(mvStartDisk, h, 0)
 			if w.left.silence > 0 && !w.h[1-h].down {
 				add(mvSilence, h, 0)
@@ -243,7 +246,9 @@ func (w *world) apply(m move) *world {
 		n.deliver(int(m.arg))
 	case mvOrphan:
 		o := n.orphans[m.arg]
-		n.note("store: a late request is carried out: %s", FormatRecord(o.rec))
+		if n.log != nil {
+			n.note("store: a late request is carried out: %s", FormatRecord(o.rec))
+		}
 		n.cas(o.rev, o.rec)
 	case mvSwapExec, mvReadStale, mvSwapReply, mvReadReply, mvSwapUnknown, mvReadFail:
 		n.applyStore(m)
@@ -287,7 +292,9 @@ func (w *world) applyStore(m move) {
 		if w.cas(hs.swap.rev, hs.swap.rec) {
 			out = Done
 		}
-		w.note("store: swap %d of %s: %s, now %s", hs.swap.id, hostNames[h], out, FormatRecord(w.rec.Record))
+		if w.log != nil {
+			w.note("store: swap %d of %s: %s, now %s", hs.swap.id, hostNames[h], out, FormatRecord(w.rec.Record))
+		}
 		hs.swap.state, hs.swap.out, hs.swap.cur = 2, out, w.rec
 		hs.swap.rec, hs.swap.rev = model.Record{}, 0
 	case mvReadStale:
@@ -418,7 +425,10 @@ func (w *world) askStartFromDisk(h int, wrongly bool, u rules, ask func(string, 
 	}
 	f := Facts{Host: hostNames[h], OwnEmpty: true, Other: other, Durable: hs.disk.inst >= 0, DiskBranch: w.rec.Record.Branch}
 	n, err := u.startFromDisk(w.rec.Record, f)
-	ask(fmt.Sprintf("start from disk, the other host %s", other), n, err)
+	if err == nil {
+		w.left.disk--
+	}
+	ask("start from disk, the other host "+string(other), n, err)
 	r := w.rec.Record
 	if err == nil && other == OtherHolds && r.Mode == model.ModeDuplex && r.Survivor == "" &&
 		o.side.run != "" && o.side.run == r.Secondary.Run {
@@ -442,11 +452,15 @@ func (w *world) applyDriver(m move) {
 		w.capture(h, false)
 	case mvRelease:
 		w.release(h)
+	case mvBegin:
+		hs.syncStage = 1
+		w.note("  %s: begins to copy", name)
+		w.send(message{to: int8(1 - h), kind: mBegin, run: hs.side.run, term: hs.side.Term()})
 	case mvCaughtUp:
 		w.step(h, EvCaughtUp{})
 	case mvLastEpoch:
 		w.capture(h, true)
-		hs.syncStage = 1
+		hs.syncStage = 2
 	case mvProtect:
 		w.left.protect--
 		hs.syncStage = 0
@@ -490,15 +504,22 @@ func (w *world) deliver(i int) {
 	s := hs.side
 	switch m.kind {
 	case mHello:
-		hs.session = true
+		hs.session, hs.link = true, true
+		if hs.syncStage == 1 && m.run == "" {
+			hs.syncStage = 0 // a copy starts over with each connection
+		}
 		w.step(h, EvPeerUp{Host: hostNames[1-h], Run: m.run, Term: m.term})
 		if hs.side != nil && hs.running && hs.side.Mode() == model.ModeDuplex && !hs.side.detached && m.run == hs.side.rec.Record.Secondary.Run {
 			w.send(message{to: int8(1 - h), kind: mEpoch, run: hs.side.run, toRun: m.run, at: hs.mem, full: true})
 		}
 	case mEpoch:
 		w.onEpoch(h, m)
+	case mBegin:
+		if s.phase == phaseFilling && s.run == "" && m.run == s.told.PeerRun && m.term == s.told.Term {
+			hs.disk, hs.begun = garbage, true
+		}
 	case mFill:
-		if s.phase == phaseFilling && s.run == "" && m.run == s.told.PeerRun && w.runs < 9 {
+		if hs.begun && s.phase == phaseFilling && s.run == "" && m.run == s.told.PeerRun && w.runs < 9 {
 			hs.mem, hs.disk = m.at, m.at
 			run := w.newRun()
 			w.step(h, EvFilled{Run: run, Epoch: model.Epoch(m.at.n)})

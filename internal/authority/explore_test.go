@@ -3,9 +3,10 @@ package authority
 import (
 	"crypto/sha256"
 	"fmt"
+	"runtime/debug"
 	"strings"
+	"sync"
 	"testing"
-	"time"
 
 	"perdure/internal/model"
 )
@@ -136,53 +137,54 @@ func initStopped(w *world) {
 
 // initSimplex: a runs alone, epoch 1 seen outside; b has an old replica.
 func initSimplex(w *world) {
-	rev := model.Revision(10)
-	keep := func(r model.Record) model.Versioned {
-		rev++
-		v := model.Versioned{Record: r, Revision: rev}
-		if w.cfg.mut.anyRead {
-			w.hist = append(w.hist, v)
-		}
-		return v
-	}
-	st := keep(must(Start(baseRecord(), "a")))
+	w.rec.Revision = 10
+	st := w.keep(must(Start(baseRecord(), "a")))
 	w.addShim(0, EvStart{}, EvRecord{Versioned: st, Found: true}, EvFilled{Run: "r1"})
-	sx := keep(must(Booted(st.Record, "a", "r1")))
+	sx := w.keep(must(Booted(st.Record, "a", "r1")))
 	w.h[0].side.Step(EvSwap{ID: 1, Outcome: Done, Current: sx})
 	w.insts = []instance{{from: garbage, rel: 1, host: 0}}
 	w.h[0].disk, w.h[0].mem, w.h[0].running = pos{0, 1}, pos{0, 1}, true
 	w.h[1].disk, w.h[1].mem = pos{0, 0}, garbage
-	w.rec, w.runs = sx, 1
+	w.runs = 1
+}
+
+// keep makes r the next record of the store.
+func (w *world) keep(r model.Record) model.Versioned {
+	w.rec = model.Versioned{Record: r, Revision: w.rec.Revision + 1}
+	if w.cfg.mut.anyRead {
+		w.hist = append(w.hist, w.rec)
+	}
+	return w.rec
+}
+
+// initSyncing: a runs, epoch 1 seen outside, and has begun to copy to b.
+func initSyncing(w *world) {
+	initSimplex(w)
+	a, b := &w.h[0], &w.h[1]
+	a.side.Step(EvProtect{Host: "b"})
+	sy := w.keep(must(Assign(w.rec.Record, "b")))
+	a.side.Step(EvSwap{ID: 2, Outcome: Done, Current: sy})
+	w.addShim(1, EvStart{}, EvRecord{Versioned: sy, Found: true})
+	a.side.Step(EvPeerUp{Host: "b"})
+	b.side.Step(EvPeerUp{Host: "a", Run: "r1", Term: sy.Record.Term})
+	a.session, a.link, a.syncStage = true, true, 1
+	b.session, b.link, b.begun, b.disk = true, true, true, garbage
 }
 
 // initDuplex: a is primary, b secondary, epoch 1 committed and seen outside.
 func initDuplex(w *world) {
-	initSimplex(w)
-	rev := w.rec.Revision
-	keep := func(r model.Record) model.Versioned {
-		rev++
-		v := model.Versioned{Record: r, Revision: rev}
-		if w.cfg.mut.anyRead {
-			w.hist = append(w.hist, v)
-		}
-		return v
-	}
-	a := &w.h[0]
-	a.side.Step(EvProtect{Host: "b"})
-	sy := keep(must(Assign(w.rec.Record, "b")))
-	a.side.Step(EvSwap{ID: 2, Outcome: Done, Current: sy})
-	w.addShim(1, EvStart{}, EvRecord{Versioned: sy, Found: true}, EvFilled{Run: "r2", Epoch: 1})
-	a.side.Step(EvPeerUp{Host: "b"})
+	initSyncing(w)
+	a, b := &w.h[0], &w.h[1]
+	b.side.Step(EvFilled{Run: "r2", Epoch: 1})
 	a.side.Step(EvCaughtUp{})
 	a.side.Step(EvSynced{Host: "b", Run: "r2", Epoch: 1})
-	dx := keep(must(Duplex(sy.Record, "b", "r2")))
+	dx := w.keep(must(Duplex(w.rec.Record, "b", "r2")))
 	a.side.Step(EvSwap{ID: 3, Outcome: Done, Current: dx})
-	b := &w.h[1]
-	b.side.Step(EvPeerUp{Host: "a", Run: "r1", Term: dx.Record.Term})
+	b.side.Step(EvPeerTerm{Term: dx.Record.Term})
 	b.side.Step(EvRecord{Versioned: dx, Found: true})
-	b.mem, b.disk, b.acking, b.session = pos{0, 1}, pos{0, 1}, b.side.Acking(), true
-	a.acked, a.ackRun, a.session, a.syncStage = 1, "r2", true, 1
-	w.rec, w.runs = dx, 2
+	b.mem, b.disk, b.acking = pos{0, 1}, pos{0, 1}, b.side.Acking()
+	a.acked, a.ackRun, a.syncStage = 1, "r2", 2
+	w.runs = 2
 }
 
 // scenarios are the worlds that are explored whole.
@@ -191,30 +193,97 @@ func scenarios() []*scenario {
 		return &scenario{name: name, init: init, left: left, maxOut: 2, maxMsg: 2, validate: true}
 	}
 	return []*scenario{
-		mk("duplex: silence wrongly taken, answers lost", initDuplex, budget{epoch: 3, lost: 2, connect: 1, unknown: 2}),
-		mk("duplex: a shim dies, its agent acts", initDuplex, budget{epoch: 2, crash: 1, lost: 1, unknown: 1, unread: 1, blind: 1}),
-		mk("duplex: power fails on both", initDuplex, budget{epoch: 2, power: 2, lost: 1, silence: 1, unknown: 1}),
-		mk("duplex: frozen and thawed", initDuplex, budget{epoch: 2, freeze: 2, lost: 1, power: 1}),
-		mk("duplex: survivor", initDuplex, budget{epoch: 2, survOn: 1, survOff: 1, lost: 1, connect: 1, unknown: 1}),
-		mk("duplex: survivor, a host dies", initDuplex, budget{epoch: 2, survOn: 1, lost: 1, power: 1, crash: 1}),
-		mk("duplex: switchover", initDuplex, budget{epoch: 2, handover: 1, survOn: 1, lost: 1, unknown: 1}),
-		mk("duplex: switchover, a shim dies", initDuplex, budget{epoch: 2, handover: 1, crash: 1, lost: 1, connect: 1, unknown: 1}),
-		mk("duplex: power-off by the guest", initDuplex, budget{epoch: 2, off: 1, lost: 1, unknown: 1, start: 1, paused: 1}),
-		mk("simplex: protect", initSimplex, budget{epoch: 3, protect: 1, connect: 2, lost: 1, unknown: 1}),
-		mk("simplex: protect, a shim dies", initSimplex, budget{epoch: 3, protect: 1, connect: 1, crash: 1, lost: 1, unknown: 1}),
-		mk("stopped: start, die, start again", initStopped, budget{epoch: 1, start: 2, crash: 1, power: 1, unknown: 1, off: 1}),
-		mk("duplex: takeover, return, protect again", initDuplex, budget{epoch: 3, crash: 1, protect: 1, connect: 1, lost: 1}),
+		mk("duplex: silence wrongly taken, the peer comes back", initDuplex, budget{epoch: 2, lost: 2, connect: 1, unknown: 1}),
+		mk("duplex: silence wrongly taken, answers lost", initDuplex, budget{epoch: 2, lost: 2, unknown: 2, unread: 1}),
+		mk("duplex: a shim dies, its agent acts", initDuplex, budget{epoch: 2, crash: 1, lost: 1, blind: 1, unread: 1, disk: 1}),
+		mk("duplex: both shims die", initDuplex, budget{epoch: 2, crash: 2, unknown: 1, disk: 2}),
+		mk("duplex: power fails on both", initDuplex, budget{epoch: 2, power: 2, silence: 1, disk: 2}),
+		mk("duplex: silence, then power fails on both", initDuplex, budget{epoch: 2, power: 2, lost: 1, disk: 2}),
+		mk("duplex: frozen and thawed", initDuplex, budget{epoch: 2, freeze: 1, lost: 1, disk: 1, silence: 1}),
+		mk("duplex: survivor", initDuplex, budget{epoch: 2, survOn: 1, survOff: 1, lost: 1, unknown: 1}),
+		mk("duplex: survivor, the peer comes back", initDuplex, budget{epoch: 2, survOn: 1, lost: 2, connect: 1}),
+		mk("duplex: survivor, a host dies", initDuplex, budget{epoch: 2, survOn: 1, lost: 1, power: 1, disk: 1}),
+		mk("duplex: switchover", initDuplex, budget{epoch: 2, handover: 1, lost: 1, unknown: 1}),
+		mk("duplex: switchover by a survivor", initDuplex, budget{epoch: 2, handover: 1, survOn: 1, lost: 1, connect: 1}),
+		mk("duplex: switchover, a shim dies", initDuplex, budget{epoch: 2, handover: 1, crash: 1, lost: 1, disk: 1}),
+		mk("duplex: power-off by the guest", initDuplex, budget{epoch: 2, off: 1, lost: 1, unknown: 1}),
+		mk("duplex: power-off and start, wanted changes", initDuplex, budget{epoch: 2, off: 1, lost: 1, start: 1, paused: 1}),
+		mk("syncing: to duplex and on", initSyncing, budget{epoch: 3, lost: 1, unknown: 1}),
+		mk("syncing: a shim dies", initSyncing, budget{epoch: 3, crash: 1, connect: 1, disk: 1}),
+		mk("simplex: protect", initSimplex, budget{epoch: 3, protect: 1, connect: 1, lost: 1}),
+		mk("stopped: start, die, start again", initStopped, budget{epoch: 1, start: 1, crash: 1, unknown: 1, disk: 1}),
+		mk("stopped: two agents start it", initStopped, budget{epoch: 1, start: 2, power: 1, off: 1, disk: 1}),
+		mk("duplex: takeover, return, protect again", initDuplex, budget{epoch: 2, crash: 1, protect: 1, connect: 1, disk: 1}),
 	}
 }
 
+// TestExplore visits every state that the scenarios can reach. It is the proof
+// that the rules hold together, as far as the small world goes.
 func TestExplore(t *testing.T) {
-	for _, sc := range scenarios() {
-		began := time.Now()
-		res := explore(sc, 60_000)
-		t.Logf("%v", time.Since(began))
-		t.Logf("%-50s %8d states %9d transitions depth %3d full %v", sc.name, res.states, res.moves, res.depth, res.full)
-		if res.viol != "" {
-			t.Fatalf("%s: %s\n%s", sc.name, res.viol, story(sc, res.trace))
+	defer debug.SetGCPercent(debug.SetGCPercent(400))
+	limit := 60_000
+	if raceEnabled || testing.Short() {
+		limit = 2_000
+	}
+	var mu sync.Mutex
+	var states, moves, depth int
+	t.Run("worlds", func(t *testing.T) {
+		for _, sc := range scenarios() {
+			t.Run(sc.name, func(t *testing.T) {
+				t.Parallel()
+				res := explore(sc, limit)
+				t.Logf("%d states, %d transitions, depth %d, whole: %v", res.states, res.moves, res.depth, res.full)
+				if res.viol != "" {
+					t.Errorf("%s\n%s", res.viol, story(sc, res.trace))
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				states, moves, depth = states+res.states, moves+res.moves, max(depth, res.depth)
+			})
+		}
+	})
+	line := fmt.Sprintf("authority explorer: %d states, %d transitions, depth %d", states, moves, depth)
+	fmt.Println(line)
+	t.Log(line)
+	if states < 100_000 && limit >= 60_000 {
+		t.Errorf("the small world became too small: %d states, want at least 100,000", states)
+	}
+}
+
+// TestWalks goes deeper than the whole exploration can: long random walks with
+// many faults. The seed is printed by the walk that fails.
+func TestWalks(t *testing.T) {
+	walks := 2000
+	if raceEnabled || testing.Short() {
+		walks = 100
+	}
+	left := budget{epoch: 9, crash: 3, power: 2, freeze: 2, lost: 5, connect: 6, protect: 4, survOn: 2, survOff: 2,
+		off: 1, handover: 2, silence: 1, start: 2, blind: 1, paused: 1, unknown: 8, unread: 4, disk: 4}
+	inits := []func(*world){initDuplex, initSyncing, initSimplex, initStopped}
+	steps := 0
+	for seed := range uint64(walks) {
+		sc := &scenario{name: "walk", init: inits[seed%4], left: left, maxOut: 3, maxMsg: 4, validate: true}
+		w := &world{cfg: sc, left: sc.left}
+		sc.init(w)
+		x := seed*0x9e3779b97f4a7c15 + 1
+		var way, ms []move
+		for range 150 {
+			if ms = w.moves(ms); len(ms) == 0 {
+				break
+			}
+			x ^= x << 13
+			x ^= x >> 7
+			x ^= x << 17
+			m := ms[x%uint64(len(ms))]
+			if (m.kind == mvCrash || m.kind == mvPowerCut || m.kind == mvFreeze || m.kind == mvPowerOff) && x>>32%4 != 0 {
+				continue
+			}
+			way = append(way, m)
+			steps++
+			if w = w.apply(m); w.viol != "" {
+				t.Fatalf("seed %d: %s\n%s", seed, w.viol, story(sc, way))
+			}
 		}
 	}
+	t.Logf("%d walks, %d steps", walks, steps)
 }

@@ -34,6 +34,7 @@ type msgKind uint8
 const (
 	mHello msgKind = iota + 1
 	mEpoch
+	mBegin // the copy begins: the secondary's disks are being overwritten
 	mFill
 	mSynced
 	mAck
@@ -87,6 +88,8 @@ type hostState struct {
 	read         readState
 	retry, claim bool // timers set
 	session      bool // the driver believes that the peer talks
+	link         bool // its connection leads to the shim that lives now
+	begun        bool // secondary: its disks are being overwritten
 	booting      bool
 	running      bool // the guest is the live instance
 	off          bool // the guest is off or stopped for good
@@ -94,7 +97,7 @@ type hostState struct {
 	acking       bool
 	acked        int8 // newest epoch acknowledged …
 	ackRun       model.RunID
-	syncStage    int8 // primary: 1 last epoch was sent
+	syncStage    int8 // primary: 1 copying, 2 last epoch was sent
 	part         bool // mutant ackEarly: an epoch is only half here
 }
 
@@ -117,6 +120,7 @@ type budget struct {
 	paused   int8 // wanted flips behind everybody's back
 	unknown  int8 // a swap's answer is lost (its request may land late)
 	unread   int8 // a read fails
+	disk     int8 // starts from disk that an agent asks for
 }
 
 type world struct {
@@ -198,6 +202,9 @@ func (w *world) send(m message) {
 	if w.h[m.to].side == nil || w.pointless(m) {
 		return
 	}
+	if m.kind != mHello && m.kind != mAgentDead && !w.h[1-m.to].link {
+		return // a connection to a shim that is gone
+	}
 	n := 0
 	for _, o := range w.msgs {
 		if o == m {
@@ -228,7 +235,7 @@ func (w *world) pointless(m message) bool {
 		return hs.running && hs.ackRun == m.run && m.at.n <= hs.acked
 	case mEpoch:
 		return hs.mem.inst == m.at.inst && m.at.n <= hs.mem.n || s.run != "" && s.run != m.toRun && !w.cfg.mut.noRunCheck
-	case mFill:
+	case mFill, mBegin:
 		return s.run != ""
 	case mTell:
 		return m.tell == TellTerm && m.term <= s.rec.Record.Term
@@ -293,9 +300,13 @@ func (w *world) step(h int, ev Event) {
 	s := *hs.side
 	hs.side = &s
 	acts := s.Step(ev)
-	w.note("  %s: %s", hostNames[h], FormatEvent(ev))
+	if w.log != nil {
+		w.note("  %s: %s", hostNames[h], FormatEvent(ev))
+	}
 	for _, a := range acts {
-		w.note("  %s:     -> %s", hostNames[h], FormatAction(a))
+		if w.log != nil {
+			w.note("  %s:     -> %s", hostNames[h], FormatAction(a))
+		}
 		w.perform(h, a)
 	}
 }
@@ -320,8 +331,6 @@ func (w *world) perform(h int, act Action) {
 		w.acknowledge(h)
 	case ActBoot:
 		hs.booting = true
-	case ActStandby:
-		hs.disk = garbage
 	case ActRun:
 		w.run(h)
 	case ActTakeOver:
@@ -383,6 +392,7 @@ func (w *world) endShim(h int) {
 		}
 	}
 	w.msgs = keep
+	w.h[1-h].link = false
 }
 
 // expected is the secondary run whose acknowledgements count.
@@ -406,7 +416,9 @@ func (w *world) release(h int) {
 	hs := &w.h[h]
 	in := &w.insts[hs.mem.inst]
 	n := in.rel + 1
-	hs.disk = pos{hs.mem.inst, n}
+	if !w.cfg.mut.notDurable {
+		hs.disk = pos{hs.mem.inst, n}
+	}
 	in.rel = n
 	w.note("  %s: output of epoch %d of instance %d leaves (rule %s)", hostNames[h], n, hs.mem.inst, hs.side.Output())
 	q := pos{hs.mem.inst, n}

@@ -18,7 +18,6 @@ type mutants struct {
 	freeOnClaim       bool // output is free as soon as simplex is claimed
 	ackEarly          bool // (driver model) an epoch is acknowledged before it is complete
 	duplexEarly       bool // duplex is asked for while output is free
-	ignoreTerm        bool // a higher term does not end this side
 	survivorUnread    bool // the survivor right is used without reading its write back
-	freeForever       bool // a primary whose swap conflicts stays free
+	notDurable        bool // (driver model) output leaves before its flushed write is durable here
 }

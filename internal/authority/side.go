@@ -260,9 +260,6 @@ func (s *Side) onSwap(e EvSwap) {
 			s.end("the record was deleted")
 			return
 		}
-		if s.u.mut.freeForever && s.phase == phaseRunning {
-			return
-		}
 		if i >= 0 {
 			s.asked = append(append([]askedSwap(nil), s.asked[:i]...), s.asked[i+1:]...)
 		}
