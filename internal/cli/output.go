@@ -135,7 +135,12 @@ func jsonToYAML(w io.Writer, b []byte) error {
 func blockStyle(n *yaml.Node) {
 	switch {
 	case n.Kind == yaml.ScalarNode && n.Tag == "!!str":
-		n.Style = 0
+		// Left in quotes unless no reader, however old, takes it for something else.
+		switch strings.ToLower(n.Value) {
+		case "y", "n", "yes", "no", "on", "off":
+		default:
+			n.Style = 0
+		}
 	case len(n.Content) > 0:
 		n.Style = 0
 	}
