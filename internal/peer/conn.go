@@ -130,7 +130,9 @@ func tune(raw *net.TCPConn, silence time.Duration) error {
 
 // writeAll writes small frames and a large one, as one piece.
 func (c *linkConn) writeAll(batch, body []byte) error {
-	c.cork(true)
+	if err := c.cork(true); err != nil {
+		return err
+	}
 	for _, b := range [...][]byte{batch, body} {
 		if len(b) == 0 {
 			continue

@@ -181,7 +181,7 @@ func (l *link) connect(ctx context.Context) (<-chan struct{}, error) {
 		return nil, fmt.Errorf("dial link %d: not TCP: %w", l.idx, errRefused)
 	}
 	// A loss while the handshake goes on must not wait for it.
-	defer context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })()
+	defer context.AfterFunc(ctx, func() { _ = raw.SetDeadline(time.Unix(1, 0)) })()
 	c, w, err := l.greet(raw)
 	if err != nil {
 		raw.Close()

@@ -157,7 +157,7 @@ func (l *link) end(bye []byte) {
 		return
 	}
 	l.bye = bye
-	l.raw.SetDeadline(time.Now().Add(byeTime))
+	_ = l.raw.SetDeadline(time.Now().Add(byeTime)) // fails only on a closed socket
 	l.wake.Broadcast()
 }
 

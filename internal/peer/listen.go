@@ -208,7 +208,7 @@ func refuse(c *linkConn, code uint16, text string) error {
 	if _, err := c.tls.Write(appendFrame(nil, header{typ: typeRefuse}, appendCode(nil, code, text))); err != nil {
 		return fmt.Errorf("send refusal: %w", err)
 	}
-	c.raw.CloseWrite()
+	_ = c.raw.CloseWrite() // what the dialler does not read it does not need
 	return fmt.Errorf("%w: %s", errRefused, text)
 }
 

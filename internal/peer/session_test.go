@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -350,5 +351,38 @@ func TestConcurrentSendersAreNotMixed(t *testing.T) {
 			}
 		}
 		next[m.Kind]++
+	}
+}
+
+// Whatever way a session ends, nothing of it goes on running.
+func TestNothingIsLeftRunning(t *testing.T) {
+	running := func() string {
+		b := make([]byte, 1<<20)
+		b = b[:runtime.Stack(b, true)]
+		for _, name := range []string{"(*link).", "(*Session).clerk", "(*Listener).serve"} {
+			if bytes.Contains(b, []byte("peer."+name)) {
+				return string(b)
+			}
+		}
+		return ""
+	}
+	for _, end := range []func(w *world){
+		func(w *world) { w.a.Close("a is done") },
+		func(w *world) { w.b.Close("b is done") },
+		func(w *world) {
+			for _, p := range w.proxies {
+				p.set(func(p *proxy) { p.refuse = true })
+				p.cut(true)
+			}
+		},
+	} {
+		w := newWorld(t, 2, nil)
+		end(w)
+		<-w.a.Lost()
+		<-w.b.Lost()
+		check(t, w.listener.Close())
+		eventually(t, "goroutines to end", func() bool { return running() == "" })
+		w.a.Close("")
+		w.b.Close("")
 	}
 }
