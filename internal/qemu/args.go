@@ -27,6 +27,7 @@ const (
 	maxIfname  = 15
 	agentPort  = "org.qemu.guest_agent.0"
 	nbdRetry   = 3600 // seconds that the guest waits for a shim to come back
+	tcgCache   = 128  // MiB
 	chardevGap = 250  // milliseconds between attempts to reach the shim
 )
 
@@ -214,7 +215,13 @@ func (a *argList) base(m Machine) {
 		machine = append(machine, "pflash0=fwcode", "pflash1=fwvars")
 	}
 	a.opts("-machine", machine...)
-	a.add("-accel", m.Accel)
+	if m.Accel == TCG {
+		// With locked memory its whole cache of translated code is resident,
+		// which would be 1 GiB by default, for each VM.
+		a.add("-accel", fmt.Sprintf("tcg,tb-size=%d", tcgCache))
+	} else {
+		a.add("-accel", m.Accel)
+	}
 	a.add("-cpu", cpuModel(m))
 	a.add("-smp", fmt.Sprintf("%d,sockets=1,cores=%d,threads=1,maxcpus=%d", m.VCPUs, m.VCPUs, m.VCPUs))
 	a.add("-boot", "menu=off,strict=on")
