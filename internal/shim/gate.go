@@ -44,12 +44,15 @@ const (
 // further.
 //
 // Invariant: gate renewal and the writing of released output exclude each
-// other (mu), so that a process frozen between reading the clock and opening
-// the gate has no output of its own waiting behind it.
+// other (sending), so that a process frozen between reading the clock and
+// opening the gate has no output of its own waiting behind it. Closing the gate
+// waits for nobody: a QEMU that hangs must not keep a right open.
 type gatekeeper struct {
 	gate kernelGate
 	taps []string
 	now  func() time.Duration
+
+	sending sync.Mutex // before mu
 
 	mu       sync.Mutex
 	rule     outputRule
@@ -66,7 +69,6 @@ func newGatekeeper(g kernelGate, taps []string) *gatekeeper {
 // before it returns, and opens again with the next confirmation.
 func (k *gatekeeper) setRule(r outputRule) {
 	k.mu.Lock()
-	defer k.mu.Unlock()
 	k.rule = r
 	k.right = 0
 	if r != ruleFree {
@@ -74,24 +76,29 @@ func (k *gatekeeper) setRule(r outputRule) {
 		if len(k.taps) > 0 {
 			k.fault = k.gate.Shut(k.taps)
 		}
-		return
 	}
-	k.renewLocked()
+	k.mu.Unlock()
+	k.tick()
 }
 
 // confirm extends the right of ruleAcked: the secondary answered, in this term
 // and run and still acknowledging, something that was sent at sentAt.
 func (k *gatekeeper) confirm(sentAt time.Duration) {
 	k.mu.Lock()
-	defer k.mu.Unlock()
 	if r := sentAt + gateSpan; r > k.right {
 		k.right = r
 	}
-	k.renewLocked()
+	k.mu.Unlock()
+	k.tick()
 }
 
-// tick renews a right that needs no confirmation.
+// tick renews the gate as far as the right reaches, unless output is being
+// written just now.
 func (k *gatekeeper) tick() {
+	if !k.sending.TryLock() {
+		return
+	}
+	defer k.sending.Unlock()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.renewLocked()
@@ -131,13 +138,13 @@ func (k *gatekeeper) renewLocked() {
 // whileOpen runs send if output may leave now and reports whether it did. No
 // renewal happens meanwhile.
 func (k *gatekeeper) whileOpen(send func() error) (bool, error) {
+	k.sending.Lock()
+	defer k.sending.Unlock()
 	k.mu.Lock()
-	defer k.mu.Unlock()
 	k.renewLocked()
-	if k.rule == ruleNone {
-		return false, nil
-	}
-	if len(k.taps) > 0 && k.openTill-k.now() < gateSpan/10 {
+	open := k.rule != ruleNone && (len(k.taps) == 0 || k.openTill-k.now() >= gateSpan/10)
+	k.mu.Unlock()
+	if !open {
 		return false, nil
 	}
 	return true, send()
