@@ -27,6 +27,7 @@ import (
 	"perdure/internal/lab"
 	"perdure/internal/lab/guest"
 	"perdure/internal/lab/guestsvc"
+	"perdure/internal/model"
 )
 
 // The demo's VM.
@@ -188,11 +189,16 @@ func (d *demo) show(ctx context.Context) (bool, error) {
 	if d.log, err = client.StartLog(ctx, opts(guestsvc.PortLog, 100*time.Millisecond)); err != nil {
 		return false, err
 	}
+	// While the guest still boots nothing can be said about waits.
+	if err := d.count.WaitOK(ctx, 20); err != nil {
+		return false, err
+	}
+	settled := d.count.Snapshot().Waits.N
 	d.say("a client talks to it: a request each 20 ms over one TCP connection, a durable line each 100 ms")
 	if err := d.watch(ctx, vm.Primary, before); err != nil {
 		return false, err
 	}
-	calm := d.count.Snapshot().Waits
+	calm := client.Summarise(d.count.Recent(settled))
 	old, other := vm.Primary, vm.Secondary
 
 	d.say("POWER OFF of host %s, which runs the guest", old)
@@ -264,8 +270,15 @@ func (d *demo) line(vm api.VM) {
 	if vm.Secondary != "" {
 		where += "+" + vm.Secondary
 	}
-	s := fmt.Sprintf("        %-8s %-7s term %-3d epoch %-6d pause p50 %.1f ms · %d requests answered, %d lines durable, median wait %.1f ms, longest %.0f ms",
-		vm.Mode, where, vm.Term, vm.Epoch, vm.Checkpoint.PauseMS.P50, r.OK, l.Acked, ms(r.Waits.Median), ms(r.Waits.Max))
+	pause := "no checkpoints"
+	if vm.Mode == model.ModeDuplex {
+		pause = fmt.Sprintf("epoch %d, pause %.1f ms", vm.Epoch, vm.Checkpoint.PauseMS.P50)
+	}
+	s := fmt.Sprintf("        %-8s %-4s term %-3d %-27s %6d requests answered, %4d lines durable, median wait %.1f ms, longest %.0f ms",
+		vm.Mode, where, vm.Term, pause, r.OK, l.Acked, ms(r.Waits.Median), ms(r.Waits.Max))
+	if len(vm.Sync) > 0 && vm.Sync[0].Total > 0 {
+		s += fmt.Sprintf(" · %s %d %%", vm.Sync[0].What, vm.Sync[0].Done*100/vm.Sync[0].Total)
+	}
 	if d.live {
 		fmt.Fprintf(d.out, "\r\x1b[K%s", s)
 		return
