@@ -16,33 +16,34 @@ var (
 	faultRounds = flag.Int("fault.rounds", 8, "random faults per run")
 )
 
-// fault does one kind of harm to one proxy; the returned function ends it.
+// fault does one kind of harm to one proxy.
 type fault struct {
 	name string
 	do   func(p *proxy, r *rand.Rand)
+	cuts bool // needs a new connection, if only later: the stream is cut or damaged
 }
 
 var faults = []fault{
-	{"cut", func(p *proxy, r *rand.Rand) { p.cut(r.IntN(2) == 0) }},
+	{"cut", func(p *proxy, r *rand.Rand) { p.cut(r.IntN(2) == 0) }, true},
 	{"cut and refuse", func(p *proxy, r *rand.Rand) {
 		p.set(func(p *proxy) { p.refuse = true })
 		p.cut(true)
-	}},
-	{"black hole", func(p *proxy, r *rand.Rand) { p.set(func(p *proxy) { p.hole = true }) }},
+	}, true},
+	{"black hole", func(p *proxy, r *rand.Rand) { p.set(func(p *proxy) { p.hole = true }) }, false},
 	{"drip", func(p *proxy, r *rand.Rand) {
 		n := 200 + r.IntN(4000)
 		p.set(func(p *proxy) { p.chunk, p.delay = n, func() time.Duration { return 2 * time.Millisecond } })
-	}},
+	}, false},
 	{"delay", func(p *proxy, r *rand.Rand) {
 		d := time.Duration(r.IntN(60)) * time.Millisecond
 		p.set(func(p *proxy) { p.delay = func() time.Duration { return d } })
-	}},
+	}, false},
 	{"jitter", func(p *proxy, r *rand.Rand) {
 		seed := r.Uint64()
 		p.set(func(p *proxy) {
 			p.delay = func() time.Duration { return time.Duration(rand.N(int64(20*time.Millisecond))) + time.Duration(seed%3) }
 		})
-	}},
+	}, false},
 	{"corrupt", func(p *proxy, r *rand.Rand) {
 		n := 1 + r.IntN(5)
 		p.set(func(p *proxy) {
@@ -53,7 +54,7 @@ var faults = []fault{
 				return b
 			}
 		})
-	}},
+	}, true},
 	{"swallow", func(p *proxy, r *rand.Rand) {
 		n := 1 + r.IntN(5)
 		p.set(func(p *proxy) {
@@ -64,7 +65,7 @@ var faults = []fault{
 				return b
 			}
 		})
-	}},
+	}, true},
 }
 
 // Random faults on one link at a time, under traffic both ways, never lose,
@@ -100,7 +101,8 @@ func TestFaultsOnOneLinkAtATimeCostNoMessage(t *testing.T) {
 		}()
 	}
 	for round := range *faultRounds {
-		f, p := faults[r.IntN(len(faults))], w.proxies[r.IntN(2)]
+		f, link := faults[r.IntN(len(faults))], r.IntN(2)
+		p := w.proxies[link]
 		t.Logf("round %d: %s", round, f.name)
 		f.do(p, r)
 		hold := time.NewTimer(time.Duration(r.IntN(800)) * time.Millisecond) // how long the fault lasts
@@ -113,6 +115,10 @@ func TestFaultsOnOneLinkAtATimeCostNoMessage(t *testing.T) {
 		case <-w.b.Lost():
 		}
 		p.heal()
+		if f.cuts {
+			// Two faults at a time are another matter: end this one before the next.
+			w.renew(t, link)
+		}
 		w.allUp(t)
 		if w.a.Cause() != nil || w.b.Cause() != nil {
 			t.Fatalf("session lost: %v / %v; longest stall %v", w.a.Cause(), w.b.Cause(), w.stall())
@@ -132,6 +138,19 @@ func TestFaultsOnOneLinkAtATimeCostNoMessage(t *testing.T) {
 		t.Fatalf("%d messages sent, %d received", total[0], total[1])
 	}
 	t.Logf("%d messages", total[0])
+}
+
+// renew replaces the connection of one link and waits until both sides have it.
+func (w *world) renew(t *testing.T, link int) {
+	t.Helper()
+	down := func() bool { return !w.a.Links()[link].Up && !w.b.Links()[link].Up }
+	p := w.proxies[link]
+	p.set(func(p *proxy) { p.refuse = true })
+	eventually(t, "the link is down", func() bool {
+		p.cut(true) // again and again: one may just be coming up
+		return down() || w.a.Cause() != nil || w.b.Cause() != nil
+	})
+	p.heal()
 }
 
 // sendNumbered sends messages of random sizes, each numbered and filled from
