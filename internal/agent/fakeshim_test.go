@@ -231,6 +231,10 @@ func (f *fake) status() shimapi.Status {
 func (f *fake) op(op shimapi.Op) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	// The record may have changed since the last look.
+	if r, err := f.agent.Read(context.Background()); err == nil && r.Found {
+		f.rec = r.Current
+	}
 	rec := f.rec.Record
 	try := func(next model.Record, err error) error {
 		if err != nil {

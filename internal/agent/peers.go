@@ -248,11 +248,12 @@ func (a *Agent) claim(ctx context.Context, vm string, dead model.Seat) (any, err
 	if rec.Primary != dead || rec.Secondary.Host != a.cfg.Name || rec.Mode != model.ModeDuplex {
 		return nil, fmt.Errorf("record of %q does not say so any more (mode %s, primary %s)", vm, rec.Mode, rec.Primary.Host)
 	}
+	// Once begun it is carried out, whether the caller still listens or not.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 3*time.Second)
+	defer cancel()
+	a.event(vm, "primary-empty", rec.Term, "host %s lost the memory of the VM; the secondary here is told to go on", dead.Host)
 	c := a.shim(vm)
 	defer c.Close()
-	if _, err := c.Op(ctx, shimapi.Op{Op: "peer-dead", Host: dead.Host, Value: string(dead.Run)}); err != nil {
-		return nil, err
-	}
-	a.event(vm, "primary-empty", rec.Term, "host %s lost the memory of the VM; the secondary here was told to go on", dead.Host)
-	return struct{}{}, nil
+	_, err = c.Op(ctx, shimapi.Op{Op: "peer-dead", Host: dead.Host, Value: string(dead.Run)})
+	return struct{}{}, err
 }

@@ -21,7 +21,7 @@ import (
 )
 
 const (
-	minProtectDelay = time.Second
+	minProtectDelay = 250 * time.Millisecond
 	maxProtectDelay = 30 * time.Second
 	// protectedLong is how long a pair must have held for the next attempt after
 	// its end to be made at once again.
@@ -29,6 +29,8 @@ const (
 	// ftOverhead is what a host needs beside a guest's memory: QEMU, shim, epochs.
 	ftOverhead = 96 << 20
 )
+
+var errNotPrimaryYet = errors.New("its shim is not the primary yet")
 
 // protection is what a worker remembers of its attempts to find a secondary.
 type protection struct {
@@ -72,7 +74,11 @@ func (w *worker) protect(ctx context.Context, v clusterstore.VMView) {
 	if time.Now().Before(p.next) {
 		return
 	}
-	if err := w.tryProtect(ctx, v); err != nil {
+	err := w.tryProtect(ctx, v)
+	if errors.Is(err, errNotPrimaryYet) {
+		return // the next look, which its swap brings about, tries again
+	}
+	if err != nil {
 		w.delayProtect()
 		// A host that is just restarting is no news; one that stays away is.
 		if time.Since(p.since) > 3*time.Second {
@@ -90,6 +96,7 @@ func (w *worker) delayProtect() {
 	p := &w.prot
 	p.delay = min(max(2*p.delay, minProtectDelay), maxProtectDelay)
 	p.next = time.Now().Add(p.delay)
+	w.wakeIn(p.delay)
 }
 
 // tryProtect asks the shim here to fill a secondary on the best host that says
@@ -104,7 +111,7 @@ func (w *worker) tryProtect(ctx context.Context, v clusterstore.VMView) error {
 		return fmt.Errorf("its shim does not answer: %w", err)
 	}
 	if st.Role != shimapi.RolePrimary || st.Run != v.Record.Record.Primary.Run {
-		return errors.New("its shim is not the primary yet")
+		return errNotPrimaryYet
 	}
 	hosts, why := w.a.candidates(v)
 	for _, h := range w.vary(hosts) {

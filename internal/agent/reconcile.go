@@ -166,6 +166,14 @@ func (w *worker) wake() {
 	}
 }
 
+// wakeIn makes the worker look again when a short delay is over, not only at
+// its next round.
+func (w *worker) wakeIn(d time.Duration) {
+	if d < lookEvery {
+		time.AfterFunc(d, w.wake)
+	}
+}
+
 // between runs f in the worker's goroutine, so that nothing of the VM is
 // started or ended at the same time.
 func (w *worker) between(ctx context.Context, f func(ctx context.Context) error) error {

@@ -261,7 +261,15 @@ func (a *Agent) ProtectVM(ctx context.Context, name string, req api.ProtectVM) e
 	if err := a.ask(pctx, host, "POST", "prepare", name, nil, nil); err != nil {
 		return err
 	}
-	return a.primaryOp(ctx, name, shimapi.Op{Op: "protect", Host: host})
+	err = a.primaryOp(ctx, name, shimapi.Op{Op: "protect", Host: host})
+	if err == nil {
+		return nil
+	}
+	// The agent of the primary's host protects by itself, too, and may have been first.
+	if cur, rerr := a.store.Record(ctx, name); rerr == nil && cur.Record.Secondary.Host != "" && (req.Host == "" || cur.Record.Secondary.Host == req.Host) {
+		return nil
+	}
+	return err
 }
 
 func (a *Agent) chooseSecondary(v clusterstore.VMView, asked string) (string, error) {

@@ -110,10 +110,10 @@ func (w *worker) otherFact(ctx context.Context, rec model.Record) authority.Othe
 	if other == "" || rec.Mode == model.ModeSimplex || rec.Mode == model.ModeSyncing {
 		return authority.OtherEmpty
 	}
-	ctx, cancel := context.WithTimeout(ctx, peerTimeout)
+	hctx, cancel := context.WithTimeout(ctx, peerTimeout)
 	defer cancel()
 	var h holds
-	err := w.a.ask(ctx, other, "GET", "holds", w.vm, nil, &h)
+	err := w.a.ask(hctx, other, "GET", "holds", w.vm, nil, &h)
 	if api.ClassOf(err) == api.NotFound && w.a.store.Loaded() {
 		err = fmt.Errorf("host %s is not in the cluster any more: %w", other, err)
 	}
@@ -162,6 +162,8 @@ func (w *worker) tellClaim(ctx context.Context, other string, rec model.Record) 
 		return
 	}
 	w.disk.told = time.Now()
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
 	if err := w.a.ask(ctx, other, "POST", "claim", w.vm, rec.Primary, nil); err != nil {
 		w.say(fmt.Sprintf("host %s holds the memory of the VM but does not take over yet: %v", other, err))
 		return
