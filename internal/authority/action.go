@@ -96,7 +96,11 @@ type ActAck struct{ On bool }
 type ActBoot struct{}
 
 // ActStandby asks to start the standby and to let the peer fill it; answered
-// by EvFilled or EvGuestEnded.
+// by EvFilled or EvGuestEnded. The local replica must not be touched, nor be
+// called Inconsistent by its own metadata, before the first piece of the copy
+// arrives from the primary's run in ActMode.PeerRun, stamped with this very
+// term: the record that was read may be a moment old, and may by now call this
+// replica UpToDate. (The explorer found this one.)
 type ActStandby struct{}
 
 // ActRun makes the paused local guest the live instance: cont, unless Paused,

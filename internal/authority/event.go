@@ -112,8 +112,9 @@ type EvUnprotect struct{ Reason string }
 // is lost before it claims, the Side may order ActRun to go on here.
 type EvSwitchedOver struct{}
 
-// EvSwitchover (secondary) is the peer's TellSwitchover of that term: the primary of run
-// Run hands the VM over. The Side claims at once.
+// EvSwitchover (secondary) is the peer's TellSwitchover: the primary of run
+// Run, in term Term, hands the VM over. The Side claims at once, survivor right
+// or not; in any other term the word has no meaning.
 type EvSwitchover struct {
 	Run  model.RunID
 	Term model.Term

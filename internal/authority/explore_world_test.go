@@ -2,6 +2,7 @@ package authority
 
 import (
 	"fmt"
+	"strings"
 
 	"perdure/internal/model"
 )
@@ -148,6 +149,21 @@ type scenario struct {
 	// validate checks each record; off for mutants, which are to be found by
 	// what they do and not by what they write.
 	validate bool
+	seen     map[string]bool // kinds of changes that the store carried out
+}
+
+// sawChange notes the kind of a change: the words of its reason up to a host.
+func (sc *scenario) sawChange(reason string) {
+	if sc.seen == nil {
+		sc.seen = map[string]bool{}
+	}
+	var words []string
+	for _, f := range strings.Fields(reason) {
+		if f != "a" && f != "b" {
+			words = append(words, f)
+		}
+	}
+	sc.seen[strings.Join(words, " ")] = true
 }
 
 func (w *world) clone() *world {
@@ -279,6 +295,7 @@ func (w *world) cas(rev model.Revision, rec model.Record) bool {
 	if w.cfg.mut.anyRead {
 		w.hist = append(append([]model.Versioned(nil), w.hist...), w.rec)
 	}
+	w.cfg.sawChange(rec.Reason)
 	w.orphans = nil // all at the old revision, all dead
 	if rec.Term < old.Term {
 		w.fail("the term went back from %d to %d", old.Term, rec.Term)

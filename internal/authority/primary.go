@@ -53,7 +53,7 @@ func (s *Side) wantPrimary() *model.Record {
 		return s.need("survivor on", func() (model.Record, error) { return s.u.setSurvivor(r, s.cfg.Host, true) })
 	case r.Mode == model.ModeDuplex && s.survOff && !s.detached && !s.handing && r.Survivor != "":
 		return s.need("survivor off", func() (model.Record, error) { return s.u.setSurvivor(r, s.cfg.Host, false) })
-	case r.Mode == model.ModeSimplex && s.protect != "":
+	case r.Mode == model.ModeSimplex && s.protect != "" && s.protRead:
 		host := s.protect
 		want := s.need("protection", func() (model.Record, error) { return s.u.assign(r, host) })
 		if want == nil {
@@ -141,8 +141,8 @@ func (s *Side) onPeerUp(e EvPeerUp) {
 			s.onPeerDead(EvPeerDead{Run: r.Primary.Run})
 			return
 		}
+		s.stopClaimTimer()
 		s.peerLost, s.claimDue = false, false
-		s.do(ActTimer{ID: TimerClaim, Milliseconds: -1})
 	}
 }
 
@@ -231,7 +231,12 @@ func (s *Side) onRequest(ev Event) {
 			s.do(ActRefuse{Text: fmt.Sprintf("protect on %s: this side is %s, the VM %s", e.Host, s.phase, mode)})
 			return
 		}
-		s.protect = e.Host
+		if s.wentBack {
+			s.do(ActRefuse{Text: "protect on " + e.Host + ": the cluster store went back; a person has to decide first"})
+			return
+		}
+		s.protect, s.protRead = e.Host, false
+		s.read()
 	case EvUnprotect:
 		if !primary {
 			s.do(ActRefuse{Text: fmt.Sprintf("unprotect: this side is %s", s.phase)})

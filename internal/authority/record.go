@@ -129,6 +129,23 @@ func SetWanted(rec model.Record, w model.Wanted) (model.Record, error) {
 	return n, nil
 }
 
+// Discard forgets the replica of host, which a person gave up (say, the old
+// branch after a forced takeover): from then on host may be filled anew. The
+// term stays. A seat's or an UpToDate replica is refused.
+func Discard(rec model.Record, host string) (model.Record, error) {
+	r, ok := rec.Replicas[host]
+	switch {
+	case !ok:
+		return rec, fmt.Errorf("discard replica on %s: %w: no replica", host, ErrArgument)
+	case r.State == model.UpToDate || host == rec.Secondary.Host || (host == rec.Primary.Host && rec.Mode != model.ModeStopped):
+		return rec, fmt.Errorf("discard replica on %s: %w: %s, in use or needed", host, ErrReplica, r.State)
+	}
+	n := rec.Clone()
+	delete(n.Replicas, host)
+	n.Reason = "replica on " + host + " discarded"
+	return n, nil
+}
+
 // next returns a copy of rec with the following term. UpToDate replicas are
 // UpToDate as of the new term; the term of any other says how old its data is.
 func next(rec model.Record, mode model.Mode, reason string) model.Record {

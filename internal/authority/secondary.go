@@ -77,3 +77,10 @@ func (s *Side) mayAck() bool {
 	}
 	return true
 }
+
+// stopClaimTimer stops the claim timer if it runs.
+func (s *Side) stopClaimTimer() {
+	if s.peerLost && !s.claimDue {
+		s.do(ActTimer{ID: TimerClaim, Milliseconds: -1})
+	}
+}

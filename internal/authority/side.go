@@ -54,6 +54,7 @@ type Side struct {
 	reading  bool
 	reread   bool           // a read is owed as soon as the outstanding one returns
 	readFrom model.Revision // newest revision known when the outstanding read was asked
+	tellTerm bool           // the peer should hear of the new term
 	wentBack bool           // the store was restored to an older state: no claims any more
 	retrySet bool
 	mayAsk   bool // the retry pause is over (or there is none)
@@ -76,6 +77,7 @@ type primaryState struct {
 	caughtUp   bool       // the copy's last epoch may be captured: output is held
 	synced     model.Seat // the secondary that reported complete
 	protect    string     // host to be filled
+	protRead   bool       // and the record was read since, as agents change replicas too
 	stopWanted bool       // the guest is off
 	handing    bool       // the guest is stopped, the secondary was told to claim
 	survOn     bool       // the agent says: hold the survivor right
@@ -207,7 +209,7 @@ func (s *Side) onRecord(e EvRecord) {
 		s.end("the record was deleted")
 		return
 	}
-	s.survRead = s.survOn
+	s.survRead, s.protRead = s.survOn, s.protect != ""
 	s.adopt(e.Versioned, s.readFrom)
 	if again {
 		s.read()
@@ -239,9 +241,7 @@ func (s *Side) adopt(v model.Versioned, floor model.Revision) {
 		s.retrySet = false
 		s.do(ActTimer{ID: TimerRetry, Milliseconds: -1})
 	}
-	if rose {
-		s.do(ActTell{Kind: TellTerm, Term: v.Record.Term, Run: s.run})
-	}
+	s.tellTerm = s.tellTerm || rose
 }
 
 func (s *Side) onSwap(e EvSwap) {
@@ -358,6 +358,9 @@ func (s *Side) settle() {
 	if s.phase == phaseEnded {
 		return
 	}
+	if s.phase == phaseRunning {
+		s.stopAck() // whatever it does, a live instance takes no epochs in
+	}
 	s.tellMode()
 	s.enter(before)
 	var want *model.Record
@@ -377,6 +380,10 @@ func (s *Side) settle() {
 		s.lastID++
 		s.asked[n-1].id = s.lastID
 		s.do(ActSwap{ID: s.lastID, Revision: s.rec.Revision, Record: s.asked[n-1].record})
+	}
+	if s.tellTerm {
+		s.tellTerm = false
+		s.do(ActTell{Kind: TellTerm, Term: s.rec.Record.Term, Run: s.run})
 	}
 	if s.waitsForRecord() {
 		s.armRetry()
@@ -434,6 +441,10 @@ func (s *Side) place() {
 	case s.phase == phaseStandby && r.Mode == model.ModeStopped && s.u.mut.takeOverStopped:
 	default:
 		if r.Mode == model.ModeStopped {
+			s.mute()
+			if s.phase == phaseRunning {
+				s.do(ActTell{Kind: TellTerm, Term: r.Term, Run: s.run})
+			}
 			s.end("stopped")
 			return
 		}
@@ -485,9 +496,8 @@ func (s *Side) enter(before phase) {
 	case s.phase == phaseRunning && before == phaseBooting:
 		s.do(ActRun{Paused: paused})
 	case s.phase == phaseRunning:
-		s.stopAck()
 		s.do(ActTakeOver{Term: s.rec.Record.Term, Paused: paused})
-		s.do(ActTimer{ID: TimerClaim, Milliseconds: -1})
+		s.stopClaimTimer()
 		s.secondaryState = secondaryState{}
 	}
 	if s.cfg.PollMS > 0 && (before == phaseNew || before == phaseBooting) {
