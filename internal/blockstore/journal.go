@@ -44,6 +44,7 @@ type journal struct {
 type area struct {
 	file     vfs.File
 	end      int64  // where the next record goes
+	size     int64  // of the file, all of it written
 	last     uint64 // sequence number of the last record
 	unsynced bool
 }
@@ -160,12 +161,19 @@ func (s *Store) startJournal(last uint64) error {
 	}); err != nil {
 		return err
 	}
+	var sizes [2]int64
+	for i := range sizes {
+		var err error
+		if sizes[i], err = j.areas[i].file.Size(); err != nil {
+			return fmt.Errorf("start journal of %s: %w", s.id, err)
+		}
+	}
 	j.mu.Lock()
 	j.incarnation = s.metaNow().incarnation
 	j.next, j.applied, j.trimmed = last+1, last, last
 	j.active = 0
 	for i := range j.areas {
-		j.areas[i].end, j.areas[i].last, j.areas[i].unsynced = 0, 0, false
+		j.areas[i] = area{file: j.areas[i].file, size: sizes[i]}
 	}
 	j.mu.Unlock()
 	if !j.ready.Swap(true) && !s.opts.NoAutoTrim {
@@ -283,13 +291,32 @@ func (s *Store) place(n int64) (*area, error) {
 		if !over || forced {
 			// Forced and still over: epochs that are not applied fill it, and
 			// whoever lets them pile up bounds them.
-			return a, nil
+			return a, s.grow(a, a.end+n)
 		}
 		// The trimmer does not keep up. Waiting for it here is what bounds the journal.
 		if err := s.Trim(); err != nil {
 			return nil, err
 		}
 	}
+}
+
+// grow writes zeroes ahead of the records, up to end at least, in steps: a sync
+// that has to record new blocks of the file takes several times as long as one
+// that does not, and so only one in many does, until the file is as long as it gets.
+func (s *Store) grow(a *area, end int64) error {
+	if end <= a.size {
+		return nil
+	}
+	step := min(max(s.opts.JournalLimit/64, recordAlign), 1<<20)
+	p := make([]byte, step)
+	for a.size < end {
+		n := step - a.size%step
+		if _, err := a.file.WriteAt(p[:n], a.size); err != nil {
+			return fmt.Errorf("extend the journal of %s: %w", s.id, err)
+		}
+		a.size += n
+	}
+	return nil
 }
 
 // Sync makes every epoch that was appended before durable, and every direct
