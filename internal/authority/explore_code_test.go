@@ -66,7 +66,7 @@ func (w *world) appendSide(b []byte, s *Side) []byte {
 	b = append(b, s.phase[0]^s.phase[1]<<3, runCode(s.run), byte(s.epoch), byte(s.named), byte(s.out),
 		bits(s.reading, s.reread, s.wentBack, s.retrySet, s.mayAsk, s.ack),
 		bits(s.drop, s.dropFinal, s.detachTold, s.caughtUp, s.stopWanted, s.handing, s.survOn, s.survRead),
-		bits(s.survOff, s.detached, s.peerLost, s.claimDue, s.deadFree, s.protRead, s.tellTerm),
+		bits(s.survOff, s.detached, s.peerLost, s.claimDue, s.deadFree, s.protRead, s.tellTerm), bits(s.survPast, s.survAnew),
 		hostCode(s.synced.Host), runCode(s.synced.Run), hostCode(s.protect), runCode(s.deadRun), runCode(s.consentRun), byte(s.consentTerm), byte(len(s.branch)))
 	if s.reading {
 		b = append(b, byte(w.rec.Revision-s.readFrom))
@@ -74,7 +74,7 @@ func (w *world) appendSide(b []byte, s *Side) []byte {
 	b = w.appendVersioned(b, s.rec)
 	b = append(b, byte(len(s.asked)))
 	for _, a := range s.asked {
-		b = append(b, byte(s.lastID-a.id), bits(a.answered))
+		b = append(b, byte(s.lastID-a.id), bits(a.answered, a.rewrite))
 		b = appendRecord(b, a.record)
 	}
 	return b

@@ -33,6 +33,7 @@ const (
 	mvSurvOn
 	mvSurvWrite
 	mvSurvOff
+	mvSurvClear // the agent takes out of the record what its shim gave up
 	mvSurvSteal
 	mvCrash
 	mvPowerCut
@@ -205,6 +206,9 @@ func (w *world) agentMoves(h int, add func(moveKind, int, int)) {
 			if w.left.survOff > 0 && hs.side.survOn {
 				add(mvSurvOff, h, 0)
 			}
+			if w.left.survOff > 0 && hs.side.survOff && r.Survivor == name {
+				add(mvSurvClear, h, 0)
+			}
 		}
 		if w.cfg.mut.survivorByOther && r.Survivor != "" && r.Survivor != name {
 			add(mvSurvSteal, h, 0)
@@ -273,7 +277,7 @@ func (w *world) apply(m move) *world {
 		}
 	case mvCrash, mvPowerCut, mvPowerOn, mvFreeze, mvThaw:
 		n.applyFault(m)
-	case mvSpawn, mvStart, mvStartDisk, mvSilence, mvReap, mvWanted, mvSurvOn, mvSurvWrite, mvSurvOff, mvSurvSteal:
+	case mvSpawn, mvStart, mvStartDisk, mvSilence, mvReap, mvWanted, mvSurvOn, mvSurvWrite, mvSurvOff, mvSurvClear, mvSurvSteal:
 		n.applyAgent(m)
 	default:
 		n.applyDriver(m)
@@ -405,6 +409,10 @@ func (w *world) applyAgent(m move) {
 	case mvSurvOff:
 		w.left.survOff--
 		w.step(h, EvSurvivor{On: false})
+	case mvSurvClear:
+		w.left.survOff--
+		n, err := u.setSurvivor(r, name, false)
+		ask("survivor off", n, err)
 	case mvSurvSteal:
 		n, err := u.setSurvivor(r, name, false)
 		ask("survivor off", n, err)

@@ -18,6 +18,8 @@ type mutants struct {
 	freeOnClaim       bool // output is free as soon as simplex is claimed
 	ackEarly          bool // (driver model) an epoch is acknowledged before it is complete
 	duplexEarly       bool // duplex is asked for while output is free
+	offInUse          bool // the survivor right is said to be given up while in use
+	survivorStale     bool // a survivor right taken up again rests on the old write
 	survivorUnread    bool // the survivor right is used without reading its write back
 	notDurable        bool // (driver model) output leaves before its flushed write is durable here
 }

@@ -32,6 +32,8 @@ func mutantCases() []mutantCase {
 		{"a syncing secondary claims", mutants{syncingClaims: true}, initSyncing, budget{epoch: 3, lost: 2}, "rule"},
 		{"takeover ignores the survivor right", mutants{ignoreSurvivor: true}, initDuplex, budget{epoch: 2, survOn: 1, lost: 2}, "rule"},
 		{"survivor right used without reading it back", mutants{survivorUnread: true}, initDuplex, budget{epoch: 2, survOn: 1, lost: 2}, "rule"},
+		{"survivor right given up while in use", mutants{offInUse: true}, initDuplex, budget{epoch: 2, survOn: 1, survOff: 2, lost: 2}, "rule"},
+		{"survivor right taken up again on its old write", mutants{survivorStale: true}, initDuplex, budget{epoch: 2, survOn: 2, survOff: 2, lost: 2}, "rule"},
 		{"duplex asked for while output is free", mutants{duplexEarly: true}, initSyncing, budget{epoch: 3, lost: 1}, "rule"},
 	}
 }

@@ -35,6 +35,7 @@ func (s *Side) wantPrimary() *model.Record {
 	if !pair && len(s.asked) == 0 {
 		s.drop, s.dropFinal, s.detachTold, s.detached, s.caughtUp = false, false, false, false, false
 		s.synced = model.Seat{}
+		s.survPast, s.survAnew = false, false // no removal can land in a later duplex
 	}
 	if pair {
 		s.protect = ""
@@ -49,7 +50,7 @@ func (s *Side) wantPrimary() *model.Record {
 		return s.need("drop of the secondary", func() (model.Record, error) { return s.u.lostSecondary(r) })
 	case r.Mode == model.ModeSyncing && s.caughtUp && s.synced.Run != "":
 		return s.need("duplex", func() (model.Record, error) { return s.u.duplex(r, s.synced.Host, s.synced.Run) })
-	case r.Mode == model.ModeDuplex && s.survOn && s.survRead && r.Survivor == "":
+	case r.Mode == model.ModeDuplex && s.survOn && s.survRead && !s.detached && !s.handing && (r.Survivor == "" || s.survAnew):
 		return s.need("survivor on", func() (model.Record, error) { return s.u.setSurvivor(r, s.cfg.Host, true) })
 	case r.Mode == model.ModeDuplex && s.survOff && !s.detached && !s.handing && r.Survivor != "":
 		return s.need("survivor off", func() (model.Record, error) { return s.u.setSurvivor(r, s.cfg.Host, false) })
@@ -108,7 +109,7 @@ func (s *Side) holdsSurvivor() bool {
 	if s.u.mut.survivorUnread && s.survOn {
 		return true
 	}
-	if !s.survOn || !s.survRead || s.rec.Record.Survivor != s.cfg.Host {
+	if !s.survOn || !s.survRead || s.survAnew || s.rec.Record.Survivor != s.cfg.Host {
 		return false
 	}
 	for _, a := range s.asked {
@@ -279,10 +280,27 @@ func (s *Side) onSurvivor(e EvSurvivor, primary bool) {
 	if s.handing {
 		return
 	}
+	if !e.On && s.detached && !s.u.mut.offInUse {
+		// Whoever then took it out of the record would let the secondary claim.
+		s.do(ActRefuse{Text: "survivor off: the right is in use; it ends when the record says simplex"})
+		return
+	}
 	// Given up before it is taken out of the record; held only after a read.
 	if e.On && !s.survOn {
 		s.survRead = false
 		s.read()
+		if s.survPast && !s.u.mut.survivorStale {
+			// A removal that the agent asked for while the right was given up
+			// may still land at the revision it read. A write that succeeds from
+			// now on puts the record past every such revision.
+			s.survAnew = true
+			s.asked = append([]askedSwap(nil), s.asked...)
+			for i := range s.asked {
+				s.asked[i].rewrite = false
+			}
+		}
 	}
 	s.survOn, s.survOff = e.On, !e.On
+	s.survPast = s.survPast || !e.On
+	s.survAnew = s.survAnew && e.On
 }

@@ -41,7 +41,9 @@ func life(t *testing.T) map[string]model.Record {
 
 func TestTransitions(t *testing.T) {
 	rs := life(t)
-	facts := func(host string, other Other) Facts { return Facts{Host: host, OwnEmpty: true, Other: other, Durable: true} }
+	facts := func(host string, other Other) Facts {
+		return Facts{Host: host, OwnEmpty: true, Other: other, Durable: true}
+	}
 	for _, c := range []struct {
 		name  string
 		from  string

@@ -51,7 +51,9 @@ func (s *Side) canClaim() bool {
 	case r.Survivor != "" && !s.u.mut.ignoreSurvivor:
 		return false
 	}
-	return s.claimDue || s.primaryDead()
+	// Handed over in a term this side did not know then: no consent to end a
+	// survivor right, but reason enough to claim.
+	return s.claimDue || s.primaryDead() || s.consentRun != "" && s.consentRun == r.Primary.Run
 }
 
 // primaryDead reports whether the memory of the recorded primary is gone for certain.

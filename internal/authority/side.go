@@ -33,6 +33,7 @@ type askedSwap struct {
 	id       uint64
 	record   model.Record
 	answered bool // the driver has answered (Unknown); the request itself may still be on its way
+	rewrite  bool // it writes a survivor right anew; see primaryState.survAnew
 }
 
 // Side is the authority state machine of one shim, from its start to its end.
@@ -83,6 +84,8 @@ type primaryState struct {
 	survOn     bool       // the agent says: hold the survivor right
 	survRead   bool       // and this side has read the record since
 	survOff    bool       // the right was given up; to be taken out of the record
+	survPast   bool       // it was given up once, so the agent may have a removal on its way
+	survAnew   bool       // hence it is held only after one more write of our own
 	detached   bool       // went on alone under the survivor right; irreversible until recorded
 }
 
@@ -254,6 +257,9 @@ func (s *Side) onSwap(e EvSwap) {
 	switch e.Outcome {
 	case Done:
 		s.survRead = s.survOn
+		if i >= 0 && s.asked[i].rewrite {
+			s.survAnew = false
+		}
 		s.adopt(e.Current, floor)
 	case Conflict:
 		if e.Current.Revision == 0 {
@@ -406,7 +412,7 @@ func (s *Side) ask(want *model.Record) {
 			keep = append(keep, a)
 		}
 	}
-	s.asked = append(keep, askedSwap{record: *want})
+	s.asked = append(keep, askedSwap{record: *want, rewrite: s.survAnew && want.Survivor == s.cfg.Host})
 }
 
 func sameRecord(a, b model.Record) bool {
