@@ -2,7 +2,7 @@ package guestmem
 
 import (
 	"fmt"
-	"sort"
+	"slices"
 	"testing"
 	"time"
 )
@@ -51,7 +51,54 @@ func benchFlush(b *testing.B, r *RAM, g *guest, n, stride int64) {
 		ps.Release()
 		b.StartTimer()
 	}
-	sort.Float64s(all)
-	b.ReportMetric(all[len(all)/2], "µs-median")
-	b.ReportMetric(all[len(all)*99/100], "µs-p99")
+	report(b, all)
+}
+
+// BenchmarkPause measures what a flush while the guest runs saves of the flush that it stands still for.
+func BenchmarkPause(b *testing.B) {
+	const size = 256 << 20
+	for _, pre := range []bool{false, true} {
+		b.Run(fmt.Sprintf("20000 pages a second, every 100 ms/preflush=%v", pre), func(b *testing.B) {
+			r := openRAM(b, size)
+			g := startGuest(b, r.Path(), size)
+			if err := r.Attach(); err != nil {
+				b.Fatal(err)
+			}
+			r.SetMode(Collect)
+			var all []float64
+			pages := 0
+			for b.Loop() {
+				g.do("pace 20000")
+				time.Sleep(100 * time.Millisecond)
+				if pre {
+					mustFlush(b, r)
+				}
+				g.do("halt")
+				t := time.Now()
+				mustFlush(b, r)
+				all = append(all, float64(time.Since(t).Microseconds()))
+				ps, err := r.Cut()
+				if err != nil {
+					b.Fatal(err)
+				}
+				pages += ps.Pages()
+				ps.Release()
+			}
+			report(b, all)
+			b.ReportMetric(float64(pages)/float64(len(all)), "pages")
+		})
+	}
+}
+
+func report(b *testing.B, us []float64) {
+	slices.Sort(us)
+	b.ReportMetric(us[len(us)/10], "µs-p10")
+	b.ReportMetric(us[len(us)/2], "µs-median")
+	b.ReportMetric(us[len(us)*99/100], "µs-p99")
+	b.ReportMetric(0, "ns/op")
+}
+
+func median(v []float64) float64 {
+	slices.Sort(v)
+	return v[len(v)/2]
 }

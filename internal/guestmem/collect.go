@@ -32,17 +32,21 @@ func (c *chunk) page(i uint32) []byte { return c.mem[i*PageSize : (i+1)*PageSize
 
 // pool keeps chunks for reuse: mapping and zeroing fresh memory costs as much
 // as the copy that fills it, and it would happen while the guest stands still.
+// It keeps what was in use at the recent peak, and lets go of the rest slowly.
 type pool struct {
 	mu     sync.Mutex
 	free   []*chunk
-	keep   int // chunks kept free
-	total  int // chunks mapped
+	floor  int // chunks kept in any case, used and free
+	used   int // chunks given out
+	peak   int // of used, decaying
 	closed bool
 }
 
 // get returns a chunk with one reference.
 func (p *pool) get() (*chunk, error) {
 	p.mu.Lock()
+	p.used++
+	p.peak = max(p.peak, p.used)
 	if n := len(p.free); n > 0 {
 		c := p.free[n-1]
 		p.free = p.free[:n-1]
@@ -50,18 +54,99 @@ func (p *pool) get() (*chunk, error) {
 		c.refs.Store(1)
 		return c, nil
 	}
-	p.total++
 	p.mu.Unlock()
-	m, err := mapAligned(chunkSize)
+	c, err := newChunk()
 	if err != nil {
 		p.mu.Lock()
-		p.total--
+		p.used--
 		p.mu.Unlock()
+	}
+	return c, err
+}
+
+func newChunk() (*chunk, error) {
+	m, err := mapAligned(chunkSize)
+	if err != nil {
 		return nil, fmt.Errorf("map page buffer: %w", err)
 	}
 	c := &chunk{mem: m}
 	c.refs.Store(1)
 	return c, nil
+}
+
+// fill maps chunks ahead of need, up to the floor. Best effort: get tries again.
+func (p *pool) fill() {
+	for {
+		p.mu.Lock()
+		enough := p.closed || p.used+len(p.free) >= p.floor
+		p.mu.Unlock()
+		if enough {
+			return
+		}
+		c, err := newChunk()
+		if err != nil {
+			return
+		}
+		p.mu.Lock()
+		p.used++
+		p.mu.Unlock()
+		p.put(c)
+	}
+}
+
+// trim lets the peak decay and unmaps what is kept beyond it. It is called once per released set.
+func (p *pool) trim() {
+	p.mu.Lock()
+	if p.peak > p.used {
+		p.peak -= (p.peak - p.used + 63) / 64
+	}
+	var drop []*chunk
+	for len(p.free) > 0 && p.used+len(p.free) > max(p.peak, p.floor) {
+		n := len(p.free) - 1
+		drop = append(drop, p.free[n])
+		p.free = p.free[:n]
+	}
+	p.mu.Unlock()
+	unmap(drop)
+}
+
+func unmap(list []*chunk) {
+	for _, c := range list {
+		_ = unix.Munmap(c.mem) // only fails for memory that is not ours
+	}
+}
+
+// put drops one reference.
+func (p *pool) put(c *chunk) {
+	if n := c.refs.Add(-1); n > 0 {
+		return
+	} else if n < 0 {
+		panic("guestmem: page buffer released twice")
+	}
+	p.mu.Lock()
+	p.used--
+	if !p.closed {
+		p.free = append(p.free, c)
+		p.mu.Unlock()
+		return
+	}
+	p.mu.Unlock()
+	unmap([]*chunk{c})
+}
+
+func (p *pool) bytes() int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return int64(p.used+len(p.free)) * chunkSize
+}
+
+// close unmaps what is free; what sets still hold follows with their Release.
+func (p *pool) close() {
+	p.mu.Lock()
+	free := p.free
+	p.free, p.closed = nil, true
+	p.mu.Unlock()
+	unmap(free)
 }
 
 // mapAligned maps size bytes of zeroes, aligned to size and touched, as a huge page if there is one.
@@ -76,42 +161,6 @@ func mapAligned(size int) ([]byte, error) {
 		m[i] = 0
 	}
 	return m, nil
-}
-
-// put drops one reference.
-func (p *pool) put(c *chunk) {
-	if n := c.refs.Add(-1); n > 0 {
-		return
-	} else if n < 0 {
-		panic("guestmem: page buffer released twice")
-	}
-	p.mu.Lock()
-	if !p.closed && len(p.free) < p.keep {
-		p.free = append(p.free, c)
-		p.mu.Unlock()
-		return
-	}
-	p.total--
-	p.mu.Unlock()
-	_ = unix.Munmap(c.mem) // only fails for memory that is not ours
-}
-
-func (p *pool) bytes() int64 {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return int64(p.total) * chunkSize
-}
-
-// close unmaps what is free; what sets still hold follows with their Release.
-func (p *pool) close() {
-	p.mu.Lock()
-	free := p.free
-	p.free, p.closed = nil, true
-	p.total -= len(free)
-	p.mu.Unlock()
-	for _, c := range free {
-		_ = unix.Munmap(c.mem)
-	}
 }
 
 // pageRef says where one page of a set is.
@@ -344,6 +393,7 @@ func (p *PageSet) Release() {
 	for _, ch := range p.chunks {
 		c.pool.put(ch)
 	}
+	c.pool.trim()
 	next := &PageSet{owner: c, chunks: p.chunks[:0], pages: p.pages[:0]}
 	p.chunks, p.pages = nil, nil
 	const keepPages = 1 << 16 // half a MiB of list; a longer one is left to the collector of garbage

@@ -12,7 +12,7 @@ import (
 // fakeSet makes a page set without a mount.
 func fakeSet(t testing.TB, pages int64) *collector {
 	t.Helper()
-	p := &pool{keep: 4}
+	p := &pool{floor: 4}
 	t.Cleanup(p.close)
 	c := newCollector(p, pages, 1<<40)
 	c.setMode(Collect)

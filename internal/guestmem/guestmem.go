@@ -75,8 +75,9 @@ type Stats struct {
 // storeChunk bounds one push into the page cache: the kernel pins its pages meanwhile.
 const storeChunk = 128 << 10
 
-// poolKeep is how many bytes of page buffers are kept for reuse.
-const poolKeep = 64 << 20
+// poolFloor is how many bytes of page buffers a RAM that collects holds at least: enough for
+// some epochs of a guest that does little, without mapping memory while it stands still.
+const poolFloor = 24 << 20
 
 // RAM is one mounted RAM file.
 type RAM struct {
@@ -135,7 +136,7 @@ func Open(ctx context.Context, cfg Config) (_ *RAM, err error) {
 	if err := prepareDir(cfg.Dir); err != nil {
 		return nil, err
 	}
-	r := &RAM{cfg: cfg, pool: &pool{keep: poolKeep / chunkSize}, failed: make(chan struct{})}
+	r := &RAM{cfg: cfg, pool: &pool{floor: poolFloor / chunkSize}, failed: make(chan struct{})}
 	var undo []func()
 	defer func() {
 		if err != nil {
@@ -219,7 +220,12 @@ func (r *RAM) Attach() error {
 }
 
 // SetMode sets what happens with pages from now on. What was collected before stays.
-func (r *RAM) SetMode(m Mode) { r.col.setMode(m) }
+func (r *RAM) SetMode(m Mode) {
+	if m == Collect {
+		r.pool.fill()
+	}
+	r.col.setMode(m)
+}
 
 // Flush makes the kernel hand over every dirty page and returns when all of
 // them are here. Called with the guest stopped it makes the set that Cut

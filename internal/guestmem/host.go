@@ -21,6 +21,9 @@ func (m mountID) bdi(file string) string {
 	return fmt.Sprintf("/sys/class/bdi/%d:%d/%s", m.major, m.minor, file)
 }
 
+// readAhead is how many bytes the kernel fetches where a page is missing, which is so in preallocation only.
+const readAhead = 16 << 20
+
 const fusectlDir = "/sys/fs/fuse/connections"
 
 // prepareDir makes the mount point, and clears away the dead mount of a process that was killed.
@@ -105,8 +108,8 @@ func tuneBDI(m mountID) error {
 	if err := os.WriteFile(m.bdi("strict_limit"), []byte("0"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("lift strict limit of dirty guest memory: %w", err)
 	}
-	// Only makes preallocation faster.
-	_ = os.WriteFile(m.bdi("read_ahead_kb"), []byte(strconv.Itoa(maxRead>>10)), 0)
+	// Only makes preallocation faster: several READs are under way at a time.
+	_ = os.WriteFile(m.bdi("read_ahead_kb"), []byte(strconv.Itoa(readAhead>>10)), 0)
 	return nil
 }
 

@@ -164,6 +164,19 @@ func guestMain(path string) {
 					scribble(mem, uint64(b*100+i), &stop, &stall)
 				}()
 			}
+		case "pace": // pages a second, scattered
+			fmt.Sscan(rest, &a)
+			stop.Store(false)
+			wg.Add(1)
+			go func() {
+				defer wg.Done()
+				r := rand.New(rand.NewPCG(3, 4))
+				for start, n := time.Now(), int64(0); !stop.Load(); time.Sleep(time.Millisecond) {
+					for want := int64(time.Since(start).Seconds() * float64(a)); n < want; n++ {
+						mem[r.IntN(len(mem))]++
+					}
+				}
+			}()
 		case "halt":
 			stop.Store(true)
 			wg.Wait()
