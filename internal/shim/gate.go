@@ -150,6 +150,13 @@ func (k *gatekeeper) whileOpen(send func() error) (bool, error) {
 	return true, send()
 }
 
+// hasRight reports whether output may leave now, as far as this side knows.
+func (k *gatekeeper) hasRight() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.rule == ruleFree || k.rule == ruleAcked && k.right > k.now()
+}
+
 // lastFault returns why the kernel could not be told, if so.
 func (k *gatekeeper) lastFault() error {
 	k.mu.Lock()

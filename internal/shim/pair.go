@@ -620,11 +620,11 @@ func (pr *pair) tell(a authority.ActTell) {
 	if sess == nil {
 		return
 	}
-	tellPeer(sess, pr.term, a)
+	tellPeer(sess, a)
 }
 
 // tellPeer sends an authority's word; best effort, as the authority expects.
-func tellPeer(sess *peer.Session, term model.Term, a authority.ActTell) {
+func tellPeer(sess *peer.Session, a authority.ActTell) {
 	switch a.Kind {
 	case authority.TellDead:
 		b := beat{Term: uint64(a.Term), Run: packRun(a.Run)}
@@ -637,7 +637,7 @@ func tellPeer(sess *peer.Session, term model.Term, a authority.ActTell) {
 	case authority.TellSwitchover:
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
-		sess.Send(ctx, kindHandOver, beat{Term: uint64(term), Run: packRun(a.Run)}.encode())
+		sess.Send(ctx, kindHandOver, beat{Term: uint64(a.Term), Run: packRun(a.Run)}.encode())
 	}
 }
 

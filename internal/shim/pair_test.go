@@ -14,15 +14,7 @@ import (
 func TestTakeover(t *testing.T) {
 	w := newWorld(t, 256, 1)
 	a, b := w.hosts["a"], w.hosts["b"]
-	a.start()
-	w.until("simplex", 60*time.Second, func(r model.Record) bool { return r.Mode == model.ModeSimplex })
-	a.untilStatus("running", 20*time.Second, func(s shimapi.Status) bool { return s.State == model.StateRunning })
-	a.console().until(t, "PERDURE-GUEST READY", 60*time.Second)
-
-	a.op(shimapi.Op{Op: "protect", Host: "b"})
-	w.until("syncing", 10*time.Second, func(r model.Record) bool { return r.Mode == model.ModeSyncing })
-	b.start()
-	w.until("duplex", 60*time.Second, func(r model.Record) bool { return r.Mode == model.ModeDuplex })
+	w.protect()
 	st := a.untilStatus("20 checkpoints", 20*time.Second, func(s shimapi.Status) bool { return s.Checkpoint.Count >= 20 })
 	t.Logf("checkpoints: %+v", st.Checkpoint)
 	before := st.Epoch
@@ -62,4 +54,31 @@ func lastIndex(s, sub string) int {
 		}
 	}
 	return len(s)
+}
+
+// protect boots the guest on host a and waits until host b holds it too.
+func (w *world) protect() {
+	t, a, b := w.t, w.hosts["a"], w.hosts["b"]
+	t.Helper()
+	a.start()
+	w.until("simplex", 60*time.Second, func(r model.Record) bool { return r.Mode == model.ModeSimplex })
+	a.untilStatus("running", 20*time.Second, func(s shimapi.Status) bool { return s.State == model.StateRunning })
+	a.console().until(t, "PERDURE-GUEST READY", 60*time.Second)
+
+	a.op(shimapi.Op{Op: "protect", Host: "b"})
+	w.until("syncing", 10*time.Second, func(r model.Record) bool { return r.Mode == model.ModeSyncing })
+	b.start()
+	w.until("duplex", 60*time.Second, func(r model.Record) bool { return r.Mode == model.ModeDuplex })
+}
+
+// TestSwitchover hands the guest over by plan.
+func TestSwitchover(t *testing.T) {
+	w := newWorld(t, 128, 1)
+	w.protect()
+	a, b := w.hosts["a"], w.hosts["b"]
+	a.op(shimapi.Op{Op: "switchover"})
+	w.until("switchover", 20*time.Second, func(r model.Record) bool { return r.Mode == model.ModeSimplex && r.Primary.Host == "b" })
+	b.untilStatus("running on b", 20*time.Second, func(s shimapi.Status) bool {
+		return s.Role == shimapi.RolePrimary && s.State == model.StateRunning
+	})
 }

@@ -390,6 +390,9 @@ func (p *primary) stands(status string) {
 // checkpoint captures one epoch and hands it to the sender. With stay the
 // guest is left standing. It returns the epoch, or nil if the pair was given up.
 func (p *primary) checkpoint(flags uint32, stay bool) *captured {
+	if stay && !p.awaitRoom() {
+		return nil
+	}
 	c, err := p.capture(flags, stay, nil)
 	if err != nil {
 		p.captureFailed(err)
@@ -397,6 +400,22 @@ func (p *primary) checkpoint(flags uint32, stay bool) *captured {
 	}
 	p.pair.send(c)
 	return c
+}
+
+// awaitRoom waits until an epoch may be captured: at most two are in flight.
+// It gives up when the pair is lost; the caller's person tries again.
+func (p *primary) awaitRoom() bool {
+	for p.pair.inFlight() >= epoch.MaxInFlight {
+		select {
+		case <-p.wake:
+		case <-time.After(beatInterval):
+		case <-p.ctx.Done():
+		}
+		if p.pair.isLost() || p.ctx.Err() != nil {
+			return false
+		}
+	}
+	return true
 }
 
 func (p *primary) captureFailed(err error) {
@@ -420,6 +439,8 @@ func (p *primary) powerOff() {
 	var c *captured
 	if p.held {
 		if c = p.checkpoint(flagOff, true); c == nil {
+			// The pair is being given up; the guest is off all the same.
+			time.AfterFunc(beatInterval, func() { p.do(p.powerOff) })
 			return
 		}
 	} else {
@@ -713,6 +734,9 @@ func (p *primary) fill(st *shimapi.Status) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	st.State, st.Epoch = p.state, p.last
+	if st.State == model.StateRunning && !p.s.gate.hasRight() {
+		st.State = model.StateHeld // its output has no way out now: nobody may call it running
+	}
 	if p.cur != nil {
 		p.cur.fillStatus(st)
 	}

@@ -235,7 +235,7 @@ func (st *standby) take(m peer.Message) error {
 		if err != nil {
 			return err
 		}
-		st.s.post(authority.EvSwitchover{Run: b.Run.id()})
+		st.s.post(authority.EvSwitchover{Run: b.Run.id(), Term: model.Term(b.Term)})
 		return nil
 	}
 	return fmt.Errorf("message of unknown kind %d", m.Kind)
@@ -631,10 +631,10 @@ func (st *standby) close() {
 
 func (st *standby) tell(a authority.ActTell) {
 	st.mu.Lock()
-	sess, term := st.sess, st.pair.Term
+	sess := st.sess
 	st.mu.Unlock()
 	if sess != nil {
-		tellPeer(sess, term, a)
+		tellPeer(sess, a)
 	}
 }
 
