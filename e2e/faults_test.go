@@ -47,7 +47,7 @@ func TestPrimaryFaults(t *testing.T) {
 			if f.after != nil {
 				f.after(sub, v, p)
 			}
-			v.Protected()
+			v.Wait("state=running,mode=duplex,primary="+s, 2*time.Minute)
 			tr.Flow(50)
 			tr.Check(0, p, s)
 		})
