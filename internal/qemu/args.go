@@ -45,7 +45,10 @@ func Args(m Machine) ([]string, error) {
 	if err := m.validate(); err != nil {
 		return nil, fmt.Errorf("build command line of %q: %w", m.Name, err)
 	}
-	a := &argList{bus: "pcie.0"}
+	a := &argList{bus: "pcie.0", virtio: "disable-modern=on,disable-legacy=off"}
+	if m.ModernVirtio {
+		a.virtio = "disable-modern=off,disable-legacy=on"
+	}
 	if strings.HasPrefix(m.Type, "pc-i440fx-") {
 		a.bus = "pci.0"
 	}
@@ -54,7 +57,7 @@ func Args(m Machine) ([]string, error) {
 	a.firmware(m)
 	a.characters(m)
 	a.add("-object", "rng-builtin,id=rng0")
-	a.pci("virtio-rng-pci", slotRNG, "id=vrng0", "rng=rng0")
+	a.pci("virtio-rng-pci", slotRNG, "id=vrng0", "rng=rng0", a.virtio)
 	// A guest that panics must be seen to have done so.
 	a.add("-device", "pvpanic,id=panic0")
 	a.display(m)
@@ -176,8 +179,9 @@ func (m *Machine) validateDevices() []error {
 
 // argList collects a command line.
 type argList struct {
-	list []string
-	bus  string
+	list   []string
+	bus    string
+	virtio string // which kind of virtio devices
 }
 
 func (a *argList) add(s ...string) { a.list = append(a.list, s...) }
@@ -280,7 +284,7 @@ func (a *argList) characters(m Machine) {
 	}
 	if m.AgentPath != "" {
 		a.opts("-chardev", "socket", "id=agent0", kv("path", m.AgentPath), "server=off", retry)
-		a.pci("virtio-serial-pci", slotSerial, "id=vser0", "max_ports=4")
+		a.pci("virtio-serial-pci", slotSerial, "id=vser0", "max_ports=4", a.virtio)
 		a.add("-device", "virtserialport,id=agentport0,bus=vser0.0,nr=1,chardev=agent0,name="+agentPort)
 	}
 }
@@ -299,7 +303,7 @@ func (a *argList) nic(i int, n NIC) {
 	// vhost would bypass the filters that hold output, and one queue is all
 	// that they take.
 	a.opts("-netdev", "tap", "id="+n.ID, kv("ifname", n.Tap), "script=no", "downscript=no", "vhost=off", "queues=1")
-	a.pci("virtio-net-pci", slotNIC+i, "id=dev-"+n.ID, "netdev="+n.ID, "mac="+n.MAC, "mq=off", "romfile=")
+	a.pci("virtio-net-pci", slotNIC+i, "id=dev-"+n.ID, "netdev="+n.ID, "mac="+n.MAC, "mq=off", "romfile=", a.virtio)
 }
 
 func (a *argList) disk(i int, d Disk) {
@@ -309,7 +313,7 @@ func (a *argList) disk(i int, d Disk) {
 		b = append(b, "read-only=on")
 	}
 	a.opts("-blockdev", b...)
-	dev := []string{"id=dev-" + d.ID, "drive=" + d.ID, "serial=" + d.ID, "num-queues=1", "werror=stop", "rerror=stop"}
+	dev := []string{"id=dev-" + d.ID, "drive=" + d.ID, "serial=" + d.ID, "num-queues=1", "werror=stop", "rerror=stop", a.virtio}
 	if d.BootIndex > 0 {
 		dev = append(dev, "bootindex="+strconv.Itoa(d.BootIndex))
 	}

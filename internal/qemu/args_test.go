@@ -44,6 +44,7 @@ func TestArgsGolden(t *testing.T) {
 			m.Firmware = &Firmware{Code: "/fw/CODE.fd", Vars: "/s/VARS, odd.fd"}
 		},
 		"i440fx":  func(m *Machine) { m.Type = "pc-i440fx-7.2" },
+		"modern":  func(m *Machine) { m.ModernVirtio = true },
 		"qemu-10": func(m *Machine) { m.QEMU = Version{10, 0, 2} },
 		"smallest": func(m *Machine) {
 			*m = Machine{Name: "a", UUID: testUUID, Type: "pc-q35-7.2", Accel: TCG, VCPUs: 1, Memory: 16 << 20, QMPPath: "q"}

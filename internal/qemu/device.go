@@ -32,6 +32,7 @@ type saver struct {
 	read  *os.File // memfd
 	write *os.File // the same file, write-only: QEMU's fd sets match by access mode
 	args  []byte
+	last  *call // a save whose reply was not awaited: the file is QEMU's until it came
 }
 
 func (s *saver) close() {
@@ -80,26 +81,90 @@ func (q *QMP) openSaver(ctx context.Context) error {
 // stopped guest, appended to buf[:0] (about 80 KiB). The result can be handed
 // to LoadDevices of a QEMU with the same Machine. It flushes the disks once more.
 func (q *QMP) SaveDevices(ctx context.Context, buf []byte) ([]byte, error) {
-	s := &q.save
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err := q.openSaver(ctx); err != nil {
+	q.save.mu.Lock()
+	defer q.save.mu.Unlock()
+	c, err := q.saveCall(ctx)
+	if err == nil {
+		err = q.send(nil, c)
+	}
+	if err == nil {
+		err = q.save.wait(ctx)
+	} else {
+		q.save.last = nil
+	}
+	if err != nil {
 		return nil, fmt.Errorf("save device state: %w", err)
+	}
+	return q.save.take(buf)
+}
+
+// StopAndSave is Stop and SaveDevices without a pause between them: QEMU reads
+// the second command while it carries out the first. onStopped, which may be nil, is called as soon
+// as the guest stands still, while QEMU saves; it may flush memory meanwhile, since
+// saving does not write to it. An error of onStopped is returned. If the guest was not running (see
+// Stopped) the state returned is nil.
+func (q *QMP) StopAndSave(ctx context.Context, buf []byte, onStopped func(Stopped) error) (Stopped, []byte, error) {
+	q.stopMu.Lock()
+	defer q.stopMu.Unlock()
+	q.save.mu.Lock()
+	defer q.save.mu.Unlock()
+	save, err := q.saveCall(ctx)
+	if err != nil {
+		return Stopped{}, nil, fmt.Errorf("save device state: %w", err)
+	}
+	stop := newCall("stop", nil, "STOP")
+	if err := q.send(nil, stop, save); err != nil {
+		q.save.last = nil
+		return Stopped{}, nil, err
+	}
+	st, err := q.stopped(ctx, stop.wait(ctx))
+	if err == nil && onStopped != nil {
+		err = onStopped(st)
+	}
+	if err = errors.Join(err, q.save.wait(ctx)); err != nil {
+		return st, nil, fmt.Errorf("stop and save device state: %w", err)
+	}
+	if !st.WasRunning {
+		return st, nil, nil
+	}
+	state, err := q.save.take(buf)
+	return st, state, err
+}
+
+// saveCall prepares the memory file and the command that fills it.
+func (q *QMP) saveCall(ctx context.Context) (*call, error) {
+	if err := q.openSaver(ctx); err != nil {
+		return nil, err
+	}
+	s := &q.save
+	if s.last != nil {
+		_ = s.wait(ctx) // how it ended is of no interest, that it did is
+		if s.last != nil {
+			return nil, ctx.Err()
+		}
 	}
 	// QEMU writes through the same open file, so this is its offset too.
 	if _, err := s.write.Seek(0, io.SeekStart); err != nil {
-		return nil, fmt.Errorf("save device state: %w", err)
+		return nil, err
 	}
-	c, id, err := q.send("xen-save-devices-state", s.args, "", nil)
-	if err == nil {
-		err = q.wait(ctx, c, id).err
+	s.last = newCall("xen-save-devices-state", s.args, "")
+	return s.last, nil
+}
+
+// wait waits for the save that is under way.
+func (s *saver) wait(ctx context.Context) error {
+	r := s.last.wait(ctx)
+	if ctx.Err() == nil {
+		s.last = nil // else it may be under way still
 	}
-	if err != nil {
-		return nil, fmt.Errorf("save device state: %w", err)
-	}
+	return r.err
+}
+
+// take reads what QEMU has written.
+func (s *saver) take(buf []byte) ([]byte, error) {
 	n, err := s.write.Seek(0, io.SeekCurrent)
 	if err != nil {
-		return nil, fmt.Errorf("save device state: %w", err)
+		return nil, fmt.Errorf("read device state: %w", err)
 	}
 	buf = append(buf[:0], make([]byte, n)...)
 	if _, err := s.read.ReadAt(buf, 0); err != nil {

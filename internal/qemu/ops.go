@@ -42,37 +42,37 @@ type statusReply struct {
 func (q *QMP) Stop(ctx context.Context) (Stopped, error) {
 	q.stopMu.Lock()
 	defer q.stopMu.Unlock()
-	// The status is asked for in the same write: an I/O error or a panic may
-	// have been quicker by a moment, and its STOP looks like ours.
-	stop, status := command{name: "stop", swallow: "STOP"}, command{name: "query-status"}
-	if err := q.sendAll([]*command{&stop, &status}, nil); err != nil {
+	c := newCall("stop", nil, "STOP")
+	if err := q.send(nil, c); err != nil {
 		return Stopped{}, err
 	}
-	r := q.wait(ctx, stop.call, stop.id)
+	return q.stopped(ctx, c.wait(ctx))
+}
+
+// stopped judges the reply to a stop. In the common case nothing has to be
+// asked: the STOP event came, and nothing else that could have been its cause.
+func (q *QMP) stopped(ctx context.Context, r reply) (Stopped, error) {
 	if r.err != nil {
-		q.forget(status.id)
 		return Stopped{}, r.err
 	}
-	s := q.wait(ctx, status.call, status.id)
-	if s.err != nil {
-		return Stopped{}, s.err
+	if r.seen && !r.suspect {
+		return Stopped{Status: StatusPaused, WasRunning: true}, nil
 	}
-	var st statusReply
-	if err := json.Unmarshal(s.value, &st); err != nil {
-		return Stopped{}, fmt.Errorf("read QEMU's status: %w", err)
-	}
-	return Stopped{Status: st.Status, WasRunning: r.seen && st.Status == StatusPaused}, nil
+	// An I/O error or a panic may have been quicker by a moment, and its STOP
+	// looks like ours.
+	status, _, err := q.Status(ctx)
+	return Stopped{Status: status, WasRunning: r.seen && status == StatusPaused}, err
 }
 
 // Cont lets the guest run. It returns when the CPUs have been told to.
 func (q *QMP) Cont(ctx context.Context) error {
 	q.stopMu.Lock()
 	defer q.stopMu.Unlock()
-	c, id, err := q.send("cont", nil, "RESUME", nil)
-	if err != nil {
+	c := newCall("cont", nil, "RESUME")
+	if err := q.send(nil, c); err != nil {
 		return err
 	}
-	return q.wait(ctx, c, id).err
+	return c.wait(ctx).err
 }
 
 // Status returns the run state and whether CPUs run.

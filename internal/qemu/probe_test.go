@@ -14,7 +14,7 @@ func TestProbe(t *testing.T) {
 	c, err := Probe(testCtx(t), path)
 	check(t, err)
 	t.Logf("%+v", c)
-	if !c.Version.atLeast(7, 2) || !strings.HasPrefix(c.Q35, "pc-q35-") || len(c.Machines) < 2 {
+	if !c.Version.atLeast(7, 2) || !strings.HasPrefix(c.Q35, "pc-q35-") || !strings.HasPrefix(c.I440FX, "pc-i440fx-") || len(c.Machines) < 2 {
 		t.Errorf("version %v, q35 %q, %d machine types", c.Version, c.Q35, len(c.Machines))
 	}
 	if c.Accels[TCG] != "" || c.SaveErr != "" {

@@ -334,3 +334,45 @@ func quantiles(d []time.Duration) string {
 	sort.Slice(d, func(i, j int) bool { return d[i] < d[j] })
 	return fmt.Sprintf("median %v p99 %v", d[len(d)/2], d[len(d)*99/100])
 }
+
+// TestStopAndSave: the pipelined form gives the same, calls back in between,
+// and does not save for a guest that something else has stopped.
+func TestStopAndSave(t *testing.T) {
+	ctx := testCtx(t)
+	a := start(t, nil)
+	check(t, a.q.Cont(ctx))
+	called := 0
+	st, state, err := a.q.StopAndSave(ctx, nil, func(s Stopped) error {
+		called++
+		if !s.WasRunning {
+			t.Error("callback before the guest stood still")
+		}
+		return nil
+	})
+	check(t, err)
+	if !st.WasRunning || called != 1 || len(state) < 1000 {
+		t.Errorf("%+v, %d calls, %d bytes", st, called, len(state))
+	}
+	b := start(t, func(m *Machine) { m.Incoming = true })
+	check(t, b.q.LoadDevices(ctx, state))
+	st, state, err = a.q.StopAndSave(ctx, nil, nil)
+	check(t, err)
+	if st.WasRunning || state != nil {
+		t.Errorf("of a stopped guest: %+v, %d bytes", st, len(state))
+	}
+	check(t, a.q.Cont(ctx))
+	if _, _, err := a.q.StopAndSave(ctx, nil, func(Stopped) error { return os.ErrInvalid }); !errors.Is(err, os.ErrInvalid) {
+		t.Error(err)
+	}
+	// A save that nobody waited for does not spoil the next one.
+	check(t, a.q.Cont(ctx))
+	gone, cancel := context.WithCancel(ctx)
+	cancel()
+	if _, _, err := a.q.StopAndSave(gone, nil, nil); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	state, err = a.q.SaveDevices(ctx, nil)
+	check(t, err)
+	c := start(t, func(m *Machine) { m.Incoming = true })
+	check(t, c.q.LoadDevices(ctx, state))
+}

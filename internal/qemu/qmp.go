@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"net"
 	"os"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -31,13 +30,14 @@ type QMP struct {
 	closing atomic.Bool
 	done    chan struct{}
 
-	wmu sync.Mutex // one command is written at a time
-	buf []byte
+	wmu   sync.Mutex // held while commands are put into pending and written
+	buf   []byte
+	armed bool // the beginning of the next command has been written
 
 	mu       sync.Mutex
-	next     uint64
-	pending  map[uint64]*call
+	pending  []*call               // commands without a reply, in the order in which QEMU answers
 	watchers map[string]chan Event // internal listeners, by event name
+	suspect  bool                  // something but Stop may have stopped the guest since the last Cont
 	err      error
 
 	stopMu sync.Mutex // Stop, Cont: one of them at a time
@@ -47,6 +47,7 @@ type QMP struct {
 // call is one command that waits for its reply.
 type call struct {
 	command string
+	args    []byte // JSON, nil for none
 	// swallow is an event that this command causes and nobody else needs to
 	// hear of; seen says that it came. Both belong to the reader until reply.
 	swallow string
@@ -55,9 +56,10 @@ type call struct {
 }
 
 type reply struct {
-	value json.RawMessage
-	seen  bool
-	err   error
+	value   json.RawMessage
+	seen    bool // the call's event came
+	suspect bool // an event that tells of another reason to stand still came since the last Cont
+	err     error
 }
 
 // Error is an error that QEMU itself answered.
@@ -74,7 +76,6 @@ func (e *Error) Error() string { return "QEMU refused " + e.Command + ": " + e.D
 type message struct {
 	Greeting json.RawMessage `json:"QMP"`
 	Return   json.RawMessage `json:"return"`
-	ID       *uint64         `json:"id"`
 	Error    *struct {
 		Class string `json:"class"`
 		Desc  string `json:"desc"`
@@ -96,7 +97,7 @@ func DialQMP(ctx context.Context, path string, logTail func(n int) string) (*QMP
 		return nil, err
 	}
 	q := &QMP{conn: conn, logTail: logTail, events: newEventQueue(), done: make(chan struct{}),
-		pending: map[uint64]*call{}, watchers: map[string]chan Event{}}
+		watchers: map[string]chan Event{}}
 	greeted := make(chan struct{})
 	go q.read(greeted)
 	select {
@@ -179,11 +180,11 @@ func (q *QMP) ExecuteFile(ctx context.Context, command string, args any, f *os.F
 			return nil, fmt.Errorf("marshal arguments of %s: %w", command, err)
 		}
 	}
-	c, id, err := q.send(command, raw, "", f)
-	if err != nil {
+	c := newCall(command, raw, "")
+	if err := q.send(f, c); err != nil {
 		return nil, err
 	}
-	r := q.wait(ctx, c, id)
+	r := c.wait(ctx)
 	return r.value, r.err
 }
 
@@ -200,68 +201,53 @@ func (q *QMP) HumanCommand(ctx context.Context, line string) (string, error) {
 	return s, nil
 }
 
-// command is one command of a batch.
-type command struct {
-	name    string
-	args    []byte // JSON, nil for none
-	swallow string
-	call    *call
-	id      uint64
+func newCall(command string, args []byte, swallow string) *call {
+	return &call{command: command, args: args, swallow: swallow, reply: make(chan reply, 1)}
 }
 
-func (q *QMP) send(name string, args []byte, swallow string, f *os.File) (*call, uint64, error) {
-	c := command{name: name, args: args, swallow: swallow}
-	one := []*command{&c}
-	if err := q.sendAll(one, f); err != nil {
-		return nil, 0, err
-	}
-	return c.call, c.id, nil
-}
+// beginning is what each command begins with. QEMU's monitor reads one byte at
+// a time and runs through its event loop for each, at several microseconds a byte. So
+// commands are kept short (no ids: QEMU answers in order), and the beginning
+// of the next one is sent with each, to be read while QEMU is busy or idle.
+const beginning = `{"execute":"`
 
-// sendAll writes commands with one system call; QEMU carries them out in order.
-func (q *QMP) sendAll(cmds []*command, f *os.File) error {
-	q.mu.Lock()
-	if q.err != nil {
-		q.mu.Unlock()
-		return fmt.Errorf("%s: %w", cmds[0].name, q.err)
-	}
-	for _, c := range cmds {
-		q.next++
-		c.id = q.next
-		c.call = &call{command: c.name, swallow: c.swallow, reply: make(chan reply, 1)}
-		q.pending[c.id] = c.call
-	}
-	q.mu.Unlock()
-
+// send writes commands with one system call; QEMU carries them out in order.
+func (q *QMP) send(f *os.File, calls ...*call) error {
 	q.wmu.Lock()
+	defer q.wmu.Unlock()
 	b := q.buf[:0]
-	for _, c := range cmds {
-		b = append(b, `{"execute":"`...)
-		b = append(b, c.name...)
-		b = append(b, `","id":`...)
-		b = strconv.AppendUint(b, c.id, 10)
+	for _, c := range calls {
+		if !q.armed {
+			b = append(b, beginning...)
+		}
+		b = append(b, c.command...)
+		b = append(b, '"')
 		if c.args != nil {
 			b = append(b, `,"arguments":`...)
 			b = append(b, c.args...)
 		}
-		b = append(b, '}', '\n')
+		b = append(b, '}')
+		q.armed = false
 	}
+	b = append(b, beginning...)
+	q.armed = true
 	q.buf = b
+
+	q.mu.Lock()
+	if q.err != nil {
+		q.mu.Unlock()
+		return fmt.Errorf("%s: %w", calls[0].command, q.err)
+	}
+	q.pending = append(q.pending, calls...)
+	q.mu.Unlock()
 	err := q.write(b, f)
-	q.wmu.Unlock()
 	if err == nil {
 		return nil
 	}
-	for _, c := range cmds {
-		q.forget(c.id)
-	}
-	// The reader knows better why, if QEMU is gone.
-	select {
-	case <-q.done:
-		err = q.Err()
-	case <-time.After(100 * time.Millisecond):
-	}
-	return fmt.Errorf("%s: %w", cmds[0].name, err)
+	// What QEMU has got of it nobody knows; and the reader knows better why.
+	q.conn.Close()
+	<-q.done
+	return fmt.Errorf("%s: %w", calls[0].command, errors.Join(q.Err(), err))
 }
 
 func (q *QMP) write(b []byte, f *os.File) error {
@@ -284,18 +270,13 @@ func (q *QMP) write(b []byte, f *os.File) error {
 	return errors.Join(err, werr)
 }
 
-func (q *QMP) forget(id uint64) {
-	q.mu.Lock()
-	delete(q.pending, id)
-	q.mu.Unlock()
-}
-
-func (q *QMP) wait(ctx context.Context, c *call, id uint64) reply {
+// wait returns the reply. If ctx ends first, the reader still takes the reply
+// when it comes.
+func (c *call) wait(ctx context.Context) reply {
 	select {
 	case r := <-c.reply:
 		return r
 	case <-ctx.Done():
-		q.forget(id)
 		return reply{err: fmt.Errorf("wait for QEMU's reply to %s: %w", c.command, ctx.Err())}
 	}
 }
@@ -322,17 +303,18 @@ func (q *QMP) read(greeted chan struct{}) {
 }
 
 func (q *QMP) answer(m *message) {
-	if m.ID == nil {
+	q.mu.Lock()
+	if len(q.pending) == 0 {
+		q.mu.Unlock()
 		return // an error about something that was no command; none of ours is that
 	}
-	q.mu.Lock()
-	c := q.pending[*m.ID]
-	delete(q.pending, *m.ID)
-	q.mu.Unlock()
-	if c == nil {
-		return // its caller gave up
+	c := q.pending[0]
+	q.pending = q.pending[1:]
+	r := reply{value: m.Return, seen: c.seen, suspect: q.suspect}
+	if c.swallow == "RESUME" && m.Error == nil {
+		q.suspect = false
 	}
-	r := reply{value: m.Return, seen: c.seen}
+	q.mu.Unlock()
 	if m.Error != nil {
 		r.err = &Error{Command: c.command, Class: m.Error.Class, Desc: m.Error.Desc}
 	}
@@ -347,8 +329,12 @@ func (q *QMP) event(m *message) {
 		for _, c := range q.pending {
 			if c.swallow == e.Name {
 				c.seen, own = true, true
+				break
 			}
 		}
+	}
+	if !own && stateEvent(e.Name) {
+		q.suspect = true
 	}
 	w := q.watchers[e.Name]
 	q.mu.Unlock()
@@ -395,7 +381,7 @@ func (q *QMP) fail(cause error) {
 	q.mu.Lock()
 	q.err = err
 	calls := q.pending
-	q.pending = map[uint64]*call{}
+	q.pending = nil
 	q.mu.Unlock()
 	for _, c := range calls {
 		c.reply <- reply{err: fmt.Errorf("%s: %w", c.command, err)}
