@@ -176,9 +176,12 @@ func (s *Store) startJournal(last uint64) error {
 		j.areas[i] = area{file: j.areas[i].file, size: sizes[i]}
 	}
 	j.mu.Unlock()
-	if !j.ready.Swap(true) && !s.opts.NoAutoTrim {
-		j.trim, j.done = make(chan struct{}, 1), make(chan struct{})
-		go s.trimmer(j.trim, j.done)
+	if !j.isReady() {
+		if !s.opts.NoAutoTrim {
+			j.trim, j.done = make(chan struct{}, 1), make(chan struct{})
+			go s.trimmer(j.trim, j.done)
+		}
+		j.ready.Store(true)
 	}
 	return nil
 }
@@ -412,11 +415,8 @@ func (s *Store) applyWhile(ok func(pendingEpoch) bool) error {
 		idle := &j.areas[1-j.active]
 		kick := idle.last > j.trimmed && idle.last <= j.applied
 		j.mu.Unlock()
-		if kick && j.trim != nil {
-			select {
-			case j.trim <- struct{}{}:
-			default: // it was asked already
-			}
+		if kick {
+			j.askTrim()
 		}
 	}
 }
@@ -515,6 +515,17 @@ func (s *Store) trimmer(ask <-chan struct{}, done chan<- struct{}) {
 		if s.Trim() != nil {
 			break // it sticks, and the next call on the store returns it
 		}
+	}
+}
+
+// askTrim wakes the trimmer, if there is one.
+func (j *journal) askTrim() {
+	if j.trim == nil {
+		return
+	}
+	select {
+	case j.trim <- struct{}{}:
+	default: // it was asked already
 	}
 }
 

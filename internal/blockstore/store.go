@@ -49,8 +49,9 @@ type Store struct {
 
 	failed atomic.Pointer[error]
 
-	metaMu sync.Mutex
-	meta   metaRecord
+	setting sync.Mutex // one SetMeta at a time
+	metaMu  sync.Mutex
+	meta    metaRecord
 
 	// imageMu serialises fdatasync of the image. written counts direct writes after
 	// they were carried out, durable is the count that the last sync covers; equal
@@ -58,6 +59,7 @@ type Store struct {
 	imageMu sync.Mutex
 	written atomic.Uint64
 	durable atomic.Uint64
+	copied  atomic.Int64 // bytes written in place since the trimmer was last asked to sync them
 
 	journal journal
 }
@@ -250,11 +252,24 @@ func (s *Store) Meta() Meta {
 
 // SetMeta lets fn change the metadata and returns when the change is durable.
 // VM, Disk, Size and Clean are not fn's to change.
+//
+// A replica that stops being Inconsistent is made durable first: whoever reads
+// that it is good must find it so. That takes as long as the disk needs for what
+// was copied since the last sync; see WriteAt, and call Flush beforehand, while
+// nobody waits.
 func (s *Store) SetMeta(fn func(*Meta)) error {
-	return s.changeMeta(func(m *metaRecord) {
-		old := m.Meta
-		fn(&m.Meta)
-		m.VM, m.Disk, m.Size, m.Clean = old.VM, old.Disk, old.Size, old.Clean
+	s.setting.Lock()
+	defer s.setting.Unlock()
+	old := s.Meta()
+	m := old
+	fn(&m)
+	if old.State == model.Inconsistent && m.State != model.Inconsistent {
+		if err := s.Flush(); err != nil {
+			return err
+		}
+	}
+	return s.changeMeta(func(r *metaRecord) {
+		r.Term, r.Branch, r.Run, r.State = m.Term, m.Branch, m.Run, m.State
 	})
 }
 
@@ -311,10 +326,18 @@ func (s *Store) ReadAt(p []byte, off int64) error {
 	return nil
 }
 
-// WriteAt writes p in place. It is durable after the next Flush or Sync.
+// WriteAt writes p in place. It is durable after the next Flush or Sync. While
+// the replica is Inconsistent, and so being copied, the store syncs it by itself
+// every 32 MiB, in the background: at the end little is left to do.
 func (s *Store) WriteAt(p []byte, off int64) error {
 	if err := s.checkWrite(off, int64(len(p))); err != nil {
 		return err
+	}
+	if s.copied.Add(int64(len(p))) >= copyStep {
+		s.copied.Store(0)
+		if s.Meta().State == model.Inconsistent {
+			s.journal.askTrim()
+		}
 	}
 	// Counted afterwards, and also when it failed: some of it may have been written.
 	defer s.written.Add(1)
@@ -323,6 +346,8 @@ func (s *Store) WriteAt(p []byte, off int64) error {
 	}
 	return nil
 }
+
+const copyStep = 32 << 20
 
 // Zero makes a range of the image read as zeroes, in place; with punch the
 // space is given back. It is durable after the next Flush or Sync.

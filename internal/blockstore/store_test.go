@@ -446,3 +446,24 @@ func resum(p []byte) {
 	c := crc32.Checksum(p[:slotUsed-4], castagnoli)
 	binary.LittleEndian.PutUint32(p[slotUsed-4:], c)
 }
+
+// A replica must not be called good before what was copied into it is durable.
+func TestLeavingInconsistentMakesTheCopyDurable(t *testing.T) {
+	m := vfs.NewMem()
+	p := testParams()
+	p.State = model.Inconsistent
+	if err := Create(m, "/d", p); err != nil {
+		t.Fatal(err)
+	}
+	s := openStore(t, m, "/d")
+	if err := s.WriteAt(filled(5, 3*BlockSize), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.SetMeta(func(m *Meta) { m.State, m.Run = model.UpToDate, "r2" }); err != nil {
+		t.Fatal(err)
+	}
+	s = openStore(t, m.Crash(func() bool { return false }), "/d")
+	if m := s.Meta(); m.State != model.UpToDate || m.Run != "r2" || stamps(t, s)[2] != 5 {
+		t.Fatalf("%+v %v", m, stamps(t, s)[:4])
+	}
+}
