@@ -6,6 +6,7 @@ VERSION     := $(shell git describe --tags --always --dirty 2>/dev/null || echo 
 LDFLAGS     := -s -w -X main.version=$(VERSION)
 TESTFLAGS   ?=
 BENCHFLAGS  ?=
+SOAKFLAGS   ?=
 LABDIR      ?=
 export CGO_ENABLED := 0
 
@@ -39,7 +40,7 @@ bench: setup build
 ## soak: long runs and the guest with a real distribution (as root)
 soak: setup build
 	@GO='$(GO)' scripts/setup.sh --soak
-	PERDURE_TEST_NOSKIP=1 $(GO) test -p 1 -count 1 -timeout 12h -v -run '^TestSoak' ./e2e -args -soak $(TESTFLAGS)
+	PERDURE_TEST_NOSKIP=1 $(GO) test -p 1 -count 1 -timeout 12h -v -run '^TestSoak' ./e2e -args -soak $(SOAKFLAGS)
 
 ## lint: golangci-lint of the version named in tools/go.mod
 lint:

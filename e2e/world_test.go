@@ -122,7 +122,7 @@ func (w *World) removeVMs(ctx context.Context) error {
 func removeVM(ctx context.Context, c *api.Client, name string) error {
 	for {
 		vm, err := c.VM(ctx, name)
-		if api.ClassOf(err) == api.NotFound && err != nil {
+		if err != nil && api.ClassOf(err) == api.NotFound {
 			return nil
 		}
 		if err == nil && vm.Mode == "stopped" {
