@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -20,7 +21,7 @@ func mountBase() error {
 		if err := os.MkdirAll(m.point, 0o755); err != nil {
 			return fmt.Errorf("make %s: %w", m.point, err)
 		}
-		if err := unix.Mount(m.fstype, m.point, m.fstype, 0, ""); err != nil && err != unix.EBUSY {
+		if err := unix.Mount(m.fstype, m.point, m.fstype, 0, ""); err != nil && !errors.Is(err, unix.EBUSY) {
 			return fmt.Errorf("mount %s: %w", m.point, err)
 		}
 	}
@@ -41,7 +42,7 @@ func loadModules() {
 			err = unix.FinitModule(int(f.Fd()), "", 0)
 			f.Close()
 		}
-		if err != nil && err != unix.ENODEV && err != unix.EEXIST {
+		if err != nil && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.EEXIST) {
 			fmt.Printf("load module %s: %v\n", name, err)
 		}
 	}

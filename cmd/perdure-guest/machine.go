@@ -163,7 +163,7 @@ func (m *machine) shutDown(how int) error {
 	for _, d := range m.disks {
 		if d.mounted {
 			if err := unix.Unmount(d.dir, 0); err != nil {
-				unix.Mount("", d.dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
+				_ = unix.Mount("", d.dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, "") // the last that can be tried
 			}
 		}
 	}

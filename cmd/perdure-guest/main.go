@@ -12,6 +12,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -66,7 +67,9 @@ func serveHere(args []string) error {
 	}
 	fmt.Println("serving from port", base)
 	s := &guestsvc.Server{Data: args}
-	s.Serve(ctx, ls)
+	if err := s.Serve(ctx, ls); !errors.Is(err, context.Canceled) {
+		return err
+	}
 	return nil
 }
 
@@ -96,7 +99,7 @@ func runGuest() error {
 		return err
 	}
 	// The guest has no end but power-off, so these goroutines have none either.
-	go s.Serve(context.Background(), ls)
+	go func() { fmt.Println("services ended:", s.Serve(context.Background(), ls)) }()
 	go watchPowerButton(m)
 	go serveAgentPorts(s)
 	console, err := os.OpenFile("/dev/console", os.O_RDWR|unix.O_NOCTTY, 0)

@@ -308,7 +308,7 @@ func abortFUSE(conns []int) error {
 		if err := unix.Mount("fusectl", ctl, "fusectl", 0, ""); err != nil && !errors.Is(err, unix.EBUSY) {
 			return fmt.Errorf("mount fusectl: %w", err)
 		}
-		defer unix.Unmount(ctl, unix.MNT_DETACH)
+		defer func() { _ = unix.Unmount(ctl, unix.MNT_DETACH) }() // where it stays, it does no harm
 	}
 	for _, c := range conns {
 		err := os.WriteFile(filepath.Join(ctl, strconv.Itoa(c), "abort"), []byte("1"), 0)

@@ -108,20 +108,24 @@ func (l *Lab) joinWitness(ctx context.Context, first, w string) error {
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start witness: %w", err)
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
-	joined := make(chan error, 1)
-	wait, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	go func() { joined <- l.WaitMembers(wait, first, w) }()
+	type outcome struct{ err error }
+	ended, joined := make(chan outcome, 1), make(chan outcome, 1)
+	go func() { ended <- outcome{cmd.Wait()} }()
+	wait, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() { joined <- outcome{l.WaitMembers(wait, first, w)} }()
 	select {
-	case err := <-ended:
-		cancel(nil)
+	case o := <-ended:
+		cancel()
 		<-joined
-		return fmt.Errorf("join witness: it ended: %w: %s", orExited(err), strings.TrimSpace(said.String()))
-	case err := <-joined:
-		cmd.Cancel() // kill the whole process group: nothing of it may stay beside the supervised one
-		<-ended
+		return fmt.Errorf("join witness: it ended: %w: %s", orExited(o.err), strings.TrimSpace(said.String()))
+	case o := <-joined:
+		err := o.err
+		// The whole process group: nothing of it may stay beside the supervised one.
+		if kerr := cmd.Cancel(); err == nil && kerr != nil {
+			err = fmt.Errorf("end the joining process: %w", kerr)
+		}
+		<-ended // killed, so it says nothing new
 		if err != nil {
 			return fmt.Errorf("join witness: %w", err)
 		}

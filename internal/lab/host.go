@@ -59,7 +59,7 @@ func (l *Lab) powerOn(ctx context.Context, n *node) error {
 	if err != nil {
 		return fmt.Errorf("power on %s: %w", n.Name, err)
 	}
-	defer release(false) // without the word, init ends
+	defer func() { _ = release(false) }() // without the word, init ends
 	if err := l.save(); err != nil {
 		return err
 	}
@@ -71,14 +71,16 @@ func (l *Lab) powerOn(ctx context.Context, n *node) error {
 	if err != nil {
 		return fmt.Errorf("power on %s: %w", n.Name, err)
 	}
-	release(true)
+	if err := release(true); err != nil {
+		return fmt.Errorf("power on %s: %w", n.Name, err)
+	}
 	return nil
 }
 
 // startInit starts the node's init in new namespaces, in its cgroup, and waits
 // until it has set itself up. It starts its programs only once release(true)
 // is called, and ends when release(false) is.
-func (l *Lab) startInit(n *node) (release func(bool), err error) {
+func (l *Lab) startInit(n *node) (release func(bool) error, err error) {
 	cg, err := os.Open(l.cgroup(n))
 	if err != nil {
 		return nil, fmt.Errorf("open cgroup: %w", err)
@@ -130,7 +132,7 @@ func (l *Lab) startInit(n *node) (release func(bool), err error) {
 		return nil, fmt.Errorf("start init: %w", err)
 	}
 	n.PID = cmd.Process.Pid
-	l.inits.Go(func() { cmd.Wait() }) // ends with the host; Down waits for it
+	l.inits.Go(func() { _ = cmd.Wait() }) // ends with the host; Down waits for it
 	readyW.Close()
 	word, err := io.ReadAll(io.LimitReader(readyR, 4096))
 	if err == nil && string(word) != "ready\n" {
@@ -141,15 +143,18 @@ func (l *Lab) startInit(n *node) (release func(bool), err error) {
 		return nil, err
 	}
 	done := false
-	return func(ok bool) {
+	return func(ok bool) error {
 		if done {
-			return
+			return nil
 		}
 		done = true
+		defer goW.Close()
 		if ok {
-			goW.Write([]byte("go\n"))
+			if _, err := goW.Write([]byte("go\n")); err != nil {
+				return fmt.Errorf("release init: %w", err)
+			}
 		}
-		goW.Close()
+		return nil
 	}, nil
 }
 

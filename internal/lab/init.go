@@ -156,9 +156,7 @@ func launch(args []string, out *os.File) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	pid := p.Pid
-	p.Release()
-	return pid, nil
+	return p.Pid, nil // reap waits for it
 }
 
 // reap collects every child that has ended, adopted ones too.

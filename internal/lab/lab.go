@@ -27,7 +27,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"regexp"
 	"sync"
 	"time"
 )
@@ -87,8 +86,6 @@ type Options struct {
 
 // DefaultALinks is the usual number of A-links.
 const DefaultALinks = 2
-
-var nameRE = regexp.MustCompile(`^[a-z][a-z0-9]{0,7}$`)
 
 func (o *Options) check() error {
 	if o.Dir == "" {

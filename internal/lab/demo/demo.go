@@ -292,18 +292,19 @@ func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 func (d *demo) wait(ctx context.Context, host, cond string, limit time.Duration) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("%s did not come within %v", cond, limit))
 	defer cancel()
-	done := make(chan error, 1)
+	type outcome struct{ err error }
+	done := make(chan outcome, 1)
 	go func() {
 		_, err := d.perdure(ctx, host, "vm", "wait", vmName, "--for", cond, "--timeout", limit.String())
-		done <- err
+		done <- outcome{err}
 	}()
 	for {
 		if vm, err := d.vm(ctx, host); err == nil {
 			d.line(vm)
 		}
 		select {
-		case err := <-done:
-			return err
+		case o := <-done:
+			return o.err
 		case <-d.count.Done():
 			cancel()
 			<-done

@@ -201,7 +201,8 @@ func downloadKernel(ctx context.Context, o Options, tmp string) (pkg string, err
 		return c.CombinedOutput()
 	}
 	if out, err := get(); err != nil {
-		exec.CommandContext(ctx, "apt-get", "update", "-q").Run() // lists that are older than the archive name packages that are gone
+		// Lists that are older than the archive name packages that are gone.
+		_ = exec.CommandContext(ctx, "apt-get", "update", "-q").Run()
 		if out2, err := get(); err != nil {
 			return "", fmt.Errorf("download %s: %w: %s %s", pkg, err, lastLine(out), lastLine(out2))
 		}

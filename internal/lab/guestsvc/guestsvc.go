@@ -145,7 +145,7 @@ func (s *Server) Serve(ctx context.Context, ls map[int]net.Listener) error {
 func (s *Server) handler(port int) func(context.Context, net.Conn) {
 	switch port {
 	case PortEcho:
-		return func(_ context.Context, c net.Conn) { io.Copy(c, c) }
+		return func(_ context.Context, c net.Conn) { _, _ = io.Copy(c, c) }
 	case PortCounter:
 		return func(_ context.Context, c net.Conn) {
 			lines(c, func(line []byte) error {
@@ -225,8 +225,12 @@ func (l *logFile) open(path string) error {
 		return fmt.Errorf("seek log: %w", err)
 	}
 	if d, err := os.Open(filepath.Dir(path)); err == nil { // the name must be durable too
-		d.Sync()
+		err = d.Sync()
 		d.Close()
+		if err != nil {
+			f.Close()
+			return fmt.Errorf("make log durable: %w", err)
+		}
 	}
 	l.f, l.n = f, n
 	return nil
