@@ -447,7 +447,7 @@ func randomScenario(rng *rand.Rand, n int) []string {
 
 func TestCrashInRandomScenarios(t *testing.T) {
 	cases := 0
-	for seed := range int64(15) {
+	for seed := range int64(10) {
 		cases += crashEverywhere(t, randomScenario(rand.New(rand.NewSource(seed)), 40), seed)
 	}
 	t.Logf("%d crashes", cases)
