@@ -289,10 +289,20 @@ func (c *collector) voided() error {
 	return fmt.Errorf("%w: %w", ErrVoid, c.void)
 }
 
+// setMode changes what happens with pages. Nothing collected outlives a time of discarding: a page in the set
+// may have changed again, unseen, and would then undo a newer copy at the other side.
 func (c *collector) setMode(m Mode) {
 	c.mu.Lock()
-	c.mode = m
+	var old *PageSet
+	if m != c.mode {
+		c.mode = m
+		c.void = nil
+		old = c.swap()
+	}
 	c.mu.Unlock()
+	if old != nil {
+		old.Release()
+	}
 }
 
 func (c *collector) discards() bool {

@@ -219,7 +219,9 @@ func (r *RAM) Attach() error {
 	return r.Flush()
 }
 
-// SetMode sets what happens with pages from now on. What was collected before stays.
+// SetMode sets what happens with pages from now on. A change begins anew: what was
+// collected before is dropped, ErrVoid is cleared, and whoever changes to
+// Collect must send all memory (Sweep) besides the sets of later Cuts.
 func (r *RAM) SetMode(m Mode) {
 	if m == Collect {
 		r.pool.fill()
@@ -245,6 +247,9 @@ func (r *RAM) Flush() error {
 	if err != nil {
 		r.col.fail(fmt.Errorf("flush: %w", err))
 	}
+	if err := r.Err(); err != nil {
+		return fmt.Errorf("flush guest memory: %w: %w", ErrVoid, err)
+	}
 	if err := r.col.voided(); err != nil {
 		return fmt.Errorf("flush guest memory: %w", err)
 	}
@@ -256,7 +261,12 @@ func (r *RAM) Flush() error {
 // Cut takes everything collected since the last Cut. Call it only after a
 // successful Flush and while the guest is still stopped. It fails with ErrVoid
 // if pages were lost. The caller owns the set and must Release it.
-func (r *RAM) Cut() (*PageSet, error) { return r.col.cut() }
+func (r *RAM) Cut() (*PageSet, error) {
+	if err := r.Err(); err != nil {
+		return nil, fmt.Errorf("cut guest memory: %w: %w", ErrVoid, err)
+	}
+	return r.col.cut()
+}
 
 // Restart drops what was collected and clears ErrVoid. The caller must send
 // all memory again.

@@ -245,6 +245,34 @@ func TestPagesRewrittenBetweenCuts(t *testing.T) {
 	same(t, "last content", model, g.memory())
 }
 
+// TestNothingOutlivesDiscard: a page that was collected, and changed again while pages were discarded, must
+// not come back with its old content after a new full copy.
+func TestNothingOutlivesDiscard(t *testing.T) {
+	r := openRAM(t, testSize)
+	g := startGuest(t, r.Path(), testSize)
+	if err := r.Attach(); err != nil {
+		t.Fatal(err)
+	}
+	r.SetMode(Collect)
+	g.do("rewrite 100 1 1")
+	mustFlush(t, r)
+	r.SetMode(Discard)
+	g.do("rewrite 100 1 2")
+	mustFlush(t, r)
+	r.SetMode(Collect)
+	if n := r.Collected(); n != 0 {
+		t.Errorf("%d bytes are left of the time before", n)
+	}
+	model := make([]byte, testSize)
+	if err := r.Sweep(t.Context(), 0, func(off int64, d []byte) error { copy(model[off:], d); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	ps := mustCut(t, r)
+	apply(model, ps)
+	ps.Release()
+	same(t, "after a new full copy", model, g.memory())
+}
+
 func mustFlush(t testing.TB, r *RAM) {
 	t.Helper()
 	if err := r.Flush(); err != nil {
