@@ -84,12 +84,15 @@ func (a *Agent) createHost(asked string) (string, error) {
 		sort.Slice(others, func(i, j int) bool { return others[i].MemoryFree > others[j].MemoryFree })
 		return others[0].Name, nil
 	}
+	if asked == a.cfg.Name && a.cfg.Role == config.RoleHost {
+		return asked, nil
+	}
 	for _, h := range a.store.Hosts() {
 		switch {
 		case h.Name != asked:
 		case h.Role != string(config.RoleHost):
 			return "", api.Errorf(api.Refused, "%s is a witness and runs no VMs", asked)
-		case !h.Alive && h.Name != a.cfg.Name:
+		case !h.Alive:
 			return "", api.Errorf(api.Unavailable, "host %s gives no sign of life", asked)
 		default:
 			return asked, nil

@@ -34,6 +34,7 @@ type timeline struct {
 	seq    uint64
 	change chan struct{} // closed and replaced with each event
 	size   int64
+	cut    bool  // the file ends in the middle of a line
 	err    error // of the file, so that it is said once
 }
 
@@ -53,8 +54,9 @@ func (e *events) get(vm string) *timeline {
 	for _, p := range []string{path + ".1", path} {
 		t.load(p)
 	}
-	if st, err := os.Stat(path); err == nil {
-		t.size = st.Size()
+	if data, err := os.ReadFile(path); err == nil {
+		t.size = int64(len(data))
+		t.cut = len(data) > 0 && data[len(data)-1] != '\n'
 	}
 	e.vms[vm] = t
 	return t
@@ -134,7 +136,12 @@ func (t *timeline) write(path string, ev model.Event) error {
 		return fmt.Errorf("write event: %w", err)
 	}
 	defer f.Close()
-	n, err := f.Write(append(line, '\n'))
+	line = append(line, '\n')
+	if t.cut {
+		line = append([]byte{'\n'}, line...)
+		t.cut = false
+	}
+	n, err := f.Write(line)
 	t.size += int64(n)
 	if err != nil {
 		return fmt.Errorf("write event: %w", err)

@@ -72,6 +72,14 @@ func (a *Agent) hostInfo() clusterstore.HostInfo {
 	}
 	if m := a.machine.Load(); m != nil {
 		info.QEMU, info.Accel, info.Machine, info.CPU = m.QEMU, m.Accel, m.Type, m.CPU
+		return info
+	}
+	// While QEMU is being tried out, what was found in the agent's earlier life
+	// stands: a host that restarts is to be useful again at once.
+	for _, h := range a.store.Hosts() {
+		if h.Name == info.Name {
+			info.QEMU, info.Accel, info.Machine, info.CPU = h.QEMU, h.Accel, h.Machine, h.CPU
+		}
 	}
 	return info
 }

@@ -40,6 +40,7 @@ type protection struct {
 	duplex  time.Time            // since when the pair holds
 	pending bool                 // an attempt was accepted and has not come to duplex yet
 	since   time.Time            // when protection was found missing
+	hosts   string               // who was alive at the last look
 }
 
 // protect names a secondary where the VM should have one and has none.
@@ -71,6 +72,10 @@ func (w *worker) protect(ctx context.Context, v clusterstore.VMView) {
 		p.pending = false
 		w.delayProtect()
 	}
+	// A host that came, or came back, is tried at once.
+	if hosts := w.a.aliveHosts(); hosts != p.hosts {
+		p.hosts, p.next, p.delay = hosts, time.Time{}, 0
+	}
 	if time.Now().Before(p.next) {
 		return
 	}
@@ -90,6 +95,17 @@ func (w *worker) protect(ctx context.Context, v clusterstore.VMView) {
 	w.problem("unprotected", "", "", "")
 	p.pending = true
 	p.next = time.Now().Add(minProtectDelay)
+}
+
+// aliveHosts names the other hosts that are alive, with their present lives.
+func (a *Agent) aliveHosts() string {
+	var b strings.Builder
+	for _, h := range a.otherHosts(true) {
+		if h.QEMU != "" {
+			fmt.Fprintf(&b, "%s %s,", h.Name, h.Nonce)
+		}
+	}
+	return b.String()
 }
 
 func (w *worker) delayProtect() {

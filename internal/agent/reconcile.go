@@ -330,8 +330,8 @@ func (w *worker) shimLives(ctx context.Context, v clusterstore.VMView, named boo
 		return
 	}
 	w.strangeSince = time.Time{}
-	if time.Since(w.started) > 10*time.Second {
-		w.starts = 0
+	if time.Since(w.started) > 10*time.Second || !w.filling() {
+		w.starts, w.nextStart = 0, time.Time{}
 		w.problem("start-failed", "", "", "")
 		w.problem("orphan", "", "", "")
 	}

@@ -12,6 +12,7 @@ import (
 	"perdure/api"
 	"perdure/internal/authority"
 	"perdure/internal/clusterstore"
+	"perdure/internal/config"
 	"perdure/internal/model"
 	"perdure/internal/shimapi"
 )
@@ -74,6 +75,9 @@ func (a *Agent) StartVM(ctx context.Context, name string, req api.StartVM) error
 	if err != nil {
 		return err
 	}
+	if a.machine.Load() == nil && a.cfg.Role == config.RoleHost && (req.Host == "" || req.Host == a.cfg.Name) {
+		a.awaitMachine(ctx) //nolint:errcheck // what is known then is judged below
+	}
 	_, err = a.change(ctx, name, func(rec model.Record) (model.Record, error) {
 		if rec.Mode != model.ModeStopped {
 			return rec, api.Errorf(api.Conflict, "VM %q is not stopped (mode %s on %s)", name, rec.Mode, rec.Primary.Host)
@@ -96,6 +100,9 @@ func (a *Agent) startHost(spec model.VMSpec, rec model.Record, asked string) (st
 	for _, h := range a.store.Hosts() {
 		hosts[h.Name] = h
 	}
+	if a.cfg.Role == config.RoleHost { // what it knows of itself is newer
+		hosts[a.cfg.Name] = clusterstore.HostView{HostInfo: a.hostInfo(), Alive: true}
+	}
 	why := func(name string) error {
 		h, known := hosts[name]
 		switch {
@@ -103,7 +110,7 @@ func (a *Agent) startHost(spec model.VMSpec, rec model.Record, asked string) (st
 			return api.Errorf(api.NotFound, "there is no host %q", name)
 		case rec.Replicas[name].State != model.UpToDate:
 			return api.Errorf(api.Refused, "VM %q cannot start on %s: its disks there are %s, only UpToDate ones may be started from", spec.Name, name, orNone(string(rec.Replicas[name].State)))
-		case !h.Alive && name != a.cfg.Name:
+		case !h.Alive:
 			return api.Errorf(api.Unavailable, "host %s gives no sign of life", name)
 		case h.QEMU == "":
 			return api.Errorf(api.Refused, "host %s has no QEMU that can be used (it looks for one again now and then); run perdure doctor there", name)

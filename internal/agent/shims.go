@@ -193,17 +193,24 @@ func (w *worker) reapChild(l local) {
 		w.nextStart = time.Time{}
 		w.a.event(w.vm, "shim-exited", 0, "shim (pid %d) ended in order", pid)
 	default:
-		how := fmt.Sprintf("exit status %d", ws.ExitStatus())
-		if ws.Signaled() {
-			how = "signal " + unix.SignalName(ws.Signal())
+		text := fmt.Sprintf("shim (pid %d) failed with exit status %d: %s", pid, ws.ExitStatus(), lastLine(w.a.vmFile(w.vm, shimapi.LogFile)))
+		if ws.Signaled() { // its log knows nothing of that
+			text = fmt.Sprintf("shim (pid %d) was ended by signal %s", pid, unix.SignalName(ws.Signal()))
 		}
-		text := fmt.Sprintf("shim (pid %d) failed with %s: %s", pid, how, lastLine(w.a.vmFile(w.vm, shimapi.LogFile)))
-		if w.starts > 0 && time.Since(w.started) < 10*time.Second {
+		if w.starts > 0 && w.filling() {
 			w.problem("start-failed", model.Critical, text, "see shim.log in the VM's directory; it is tried again by itself")
 		} else {
 			w.a.event(w.vm, "shim-failed", 0, "%s", text)
 		}
 	}
+}
+
+// filling reports whether the record still waits for a shim here to get its
+// memory filled: one that fails then has failed to start.
+func (w *worker) filling() bool {
+	v, ok := w.a.store.VM(w.vm)
+	rec, me := v.Record.Record, w.a.cfg.Name
+	return ok && (rec.Mode == model.ModeStarting && rec.Primary.Host == me || rec.Mode == model.ModeSyncing && rec.Secondary.Host == me)
 }
 
 // watch has the worker woken when the shim, or else the QEMU, ends.

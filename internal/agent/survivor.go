@@ -60,6 +60,8 @@ func (w *worker) survivor(ctx context.Context, v clusterstore.VMView) {
 	rec, s := v.Record.Record, &w.surv
 	if rec.Mode != model.ModeDuplex {
 		*s = survivorState{}
+		w.problem("survivor", "", "", "")
+		w.problem(survivorErr, "", "", "")
 		return
 	}
 	needed, sure := survivorNeeded(w.a.store.Members(), rec.Secondary.Host)
@@ -75,6 +77,10 @@ func (w *worker) survivor(ctx context.Context, v clusterstore.VMView) {
 		}
 		if time.Since(s.okSince) >= voterBack && (rec.Survivor != "" || s.told != "") {
 			w.dropSurvivor(ctx, v)
+		}
+		if rec.Survivor == "" && s.told == "" {
+			w.problem("survivor", "", "", "")
+			w.problem(survivorErr, "", "", "")
 		}
 	}
 }
@@ -135,8 +141,6 @@ func (w *worker) dropSurvivor(ctx context.Context, v clusterstore.VMView) {
 	}
 	if rec.Survivor == "" {
 		*s = survivorState{okSince: s.okSince}
-		w.problem("survivor", "", "", "")
-		w.problem(survivorErr, "", "", "")
 	}
 }
 
