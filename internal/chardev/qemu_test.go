@@ -175,15 +175,14 @@ func copyFile(t *testing.T, path string) string {
 func lines(t *testing.T, name string, b []byte) (first, count int) {
 	t.Helper()
 	next := 0
+	b = b[:bytes.LastIndexByte(b, '\n')+1] // the last line may be cut
 	for _, l := range bytes.Split(bytes.ReplaceAll(b, []byte("."), nil), []byte("\n")) {
 		i := bytes.Index(l, []byte(name))
 		if i < 0 {
 			continue
 		}
 		n, err := strconv.Atoi(string(l[i+len(name):]))
-		if err != nil {
-			continue // the last line may be cut
-		}
+		check(t, err)
 		if count > 0 && n != next {
 			t.Fatal(fmt.Sprintf("%sline %d comes after %d", name, n, next-1))
 		}
