@@ -89,7 +89,7 @@ func build(ctx context.Context, cfg shimapi.Config, incoming bool, lock *os.File
 	}{
 		{"make taps", i.makeTaps},
 		{"mount guest memory", func() error { return i.mountRAM(ctx, lock, helper) }},
-		{"open disks", i.openDisks},
+		{"open disks", func() error { return i.openDisks(incoming) }},
 		{"listen for character devices", i.listenPorts},
 		{"start QEMU", func() error { return i.start(ctx, incoming, lock) }},
 		{"attach to guest memory", i.attachRAM},
@@ -133,20 +133,25 @@ func (i *instance) mountRAM(ctx context.Context, lock *os.File, helper []string)
 
 // openDisks opens the replicas, with everything that their journals hold, and
 // serves them by NBD.
-func (i *instance) openDisks() error {
+func (i *instance) openDisks(incoming bool) error {
 	if len(i.cfg.Spec.Disks) == 0 {
 		return nil
 	}
 	dir := filepath.Join(i.cfg.Dir, shimapi.DiskDir)
 	exports := map[string]nbd.Backend{}
 	for _, d := range i.cfg.Spec.Disks {
+		if incoming {
+			if err := makeReplica(i.cfg, d); err != nil {
+				return err
+			}
+		}
 		st, err := blockstore.Open(vfs.OS{}, dir, d.ID, blockstore.Options{})
 		if err != nil {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
 		i.onClose(func() { st.Close() })
 		i.stores = append(i.stores, st)
-		n, err := st.Replay() // a standby's was emptied before
+		n, err := st.Replay()
 		if err != nil {
 			return fmt.Errorf("replay journal of disk %s: %w", d.ID, err)
 		}

@@ -33,6 +33,8 @@ type pair struct {
 	acts  chan epoch.Action // commits and releases, in order
 	gate  chan struct{}     // something about the gate changed
 
+	flushed chan struct{} // the secondary's copy is durable
+
 	mu       sync.Mutex
 	sess     *peer.Session
 	peerRun  model.RunID
@@ -50,7 +52,7 @@ type pair struct {
 
 func newPair(p *primary, host string, term model.Term) *pair {
 	pr := &pair{p: p, host: host, term: term, begun: time.Now(), enc: guestmem.NewEncoder(guestmem.EncoderConfig{}),
-		sendQ: make(chan *captured, 2*epoch.MaxInFlight), acts: make(chan epoch.Action, 64), gate: make(chan struct{}, 1),
+		sendQ: make(chan *captured, 2*epoch.MaxInFlight), acts: make(chan epoch.Action, 64), gate: make(chan struct{}, 1), flushed: make(chan struct{}, 1),
 		flights: map[model.Epoch]*captured{}, slow: epoch.NewSlowWatch(2*time.Second, 5*time.Second)}
 	pr.ctx, pr.cancel = context.WithCancel(p.ctx)
 	return pr
@@ -129,6 +131,12 @@ func (pr *pair) receive() {
 		m, err := pr.sess.Recv(pr.ctx)
 		if err != nil {
 			return
+		}
+		if m.Kind == kindSyncFlushed {
+			select {
+			case pr.flushed <- struct{}{}:
+			default:
+			}
 		}
 		if m.Kind != kindSynced {
 			continue

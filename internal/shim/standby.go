@@ -88,9 +88,6 @@ func (st *standby) goWork(f func()) {
 func (st *standby) open() error {
 	s := st.s
 	start := time.Now()
-	if err := st.resetReplicas(); err != nil {
-		return err
-	}
 	inst, err := build(st.ctx, s.cfg, true, s.lock, s.self, s.log)
 	if err != nil {
 		return fmt.Errorf("build standby: %w", err)
@@ -123,9 +120,6 @@ func (st *standby) open() error {
 	return st.serve()
 }
 
-// resetReplicas makes what is on the disks here nothing worth: a full copy comes.
-func (st *standby) resetReplicas() error { return resetReplicas(st.s) }
-
 // watchQEMU ends the standby when its QEMU or its memory goes.
 func (st *standby) watchQEMU() {
 	select {
@@ -150,6 +144,12 @@ func (st *standby) serve() error {
 	h, err := decodeHello(sess.PeerHello())
 	if err == nil {
 		err = st.s.judge(h, "")
+	}
+	if err == nil {
+		err = st.s.judgePrimary(h)
+	}
+	if err == nil {
+		err = st.resetReplicas()
 	}
 	if err != nil {
 		sess.Close(err.Error())
@@ -224,6 +224,8 @@ func (st *standby) take(m peer.Message) error {
 		return guestmem.DecodePages(m.Payload, st.inst.ram.Size(), st.inst.ram.Store)
 	case kindSyncDisk:
 		return st.takeChunk(m.Payload)
+	case kindSyncFlush:
+		return st.flushCopy()
 	case kindEpochBegin:
 		return st.takeBegin(m.Payload)
 	case kindEpochPages, kindEpochDisk, kindEpochFrames, kindEpochDevices:
@@ -257,6 +259,17 @@ func (st *standby) takeChunk(p []byte) error {
 		return fmt.Errorf("piece of disk %d: %d bytes, %d announced; there are %d disks", c.Disk, len(data), c.Len, len(st.inst.stores))
 	}
 	return st.inst.stores[c.Disk].WriteAt(data, c.Off)
+}
+
+// flushCopy makes the copy so far durable while the guest still runs unheld,
+// and says so: the last step to being full is short then.
+func (st *standby) flushCopy() error {
+	for n, store := range st.inst.stores {
+		if err := store.Flush(); err != nil {
+			return fmt.Errorf("flush disk %d: %w", n, err)
+		}
+	}
+	return st.sess.Send(st.ctx, kindSyncFlushed)
 }
 
 func (st *standby) takeBegin(p []byte) error {

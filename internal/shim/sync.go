@@ -115,6 +115,9 @@ func (pr *pair) fillAll() error {
 			break
 		}
 	}
+	if err := pr.settleCopy(); err != nil {
+		return err
+	}
 	pr.mu.Lock()
 	pr.caught = true
 	pr.progress = nil
@@ -122,6 +125,26 @@ func (pr *pair) fillAll() error {
 	pr.p.s.tl.add("caught-up", 0, time.Since(pr.begun), "host %s has all but what fits into one epoch", pr.host)
 	pr.p.s.post(authority.EvCaughtUp{})
 	return nil
+}
+
+// settleCopy lets the secondary make its disks durable, which takes as long as
+// they were written to, and then sends what changed meanwhile.
+func (pr *pair) settleCopy() error {
+	if len(pr.p.inst.stores) == 0 {
+		return nil
+	}
+	if err := pr.sess.Send(pr.ctx, kindSyncFlush); err != nil {
+		return err
+	}
+	select {
+	case <-pr.flushed:
+	case <-pr.sess.Lost():
+		return pr.sess.Cause()
+	case <-pr.ctx.Done():
+		return pr.ctx.Err()
+	}
+	_, _, err := pr.round()
+	return err
 }
 
 // connect finds and dials the standby that the agent of the other host starts.
@@ -191,6 +214,18 @@ func (s *Shim) judge(h hello, host string) error {
 		return fmt.Errorf("the peer calls itself host %q, not %q", h.Host, host)
 	case h.Machine != machineDigest(s.cfg.Spec):
 		return fmt.Errorf("host %s would build another machine for this VM (another version of its specification)", h.Host)
+	}
+	return nil
+}
+
+// judgePrimary refuses everybody but the primary of the very record that named
+// this host as the one to be filled.
+func (s *Shim) judgePrimary(h hello) error {
+	s.mu.Lock()
+	m := s.mode
+	s.mu.Unlock()
+	if m.Role != authority.RoleSecondary || m.Mode != model.ModeSyncing || h.Term != m.Term || h.Run != m.PeerRun || h.Host != m.PeerHost {
+		return fmt.Errorf("host %s speaks as run %s in term %d; this standby was named for host %s, run %s, term %d", h.Host, short(h.Run), h.Term, m.PeerHost, short(m.PeerRun), m.Term)
 	}
 	return nil
 }

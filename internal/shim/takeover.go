@@ -99,8 +99,9 @@ func (st *standby) settle() error {
 			return err
 		}
 	}
+	// What the guest was told to be durable must be so before output leaves.
 	for n, store := range st.inst.stores {
-		if err := store.Trim(); err != nil {
+		if err := store.Sync(); err != nil {
 			return fmt.Errorf("disk %d: %w", n, err)
 		}
 	}
@@ -133,41 +134,32 @@ func (st *standby) markReplicas(state model.ReplicaState) error {
 	return markReplicas(st.s, st.inst.stores, state, st.pair.Term)
 }
 
-// resetReplicas prepares empty replicas for a full copy: Inconsistent first,
-// durably, then everything they held is dropped.
-func resetReplicas(s *Shim) error {
-	dir := filepath.Join(s.cfg.Dir, shimapi.DiskDir)
-	fs := vfs.OS{}
-	for _, d := range s.cfg.Spec.Disks {
-		have, err := blockstore.Exists(fs, dir, d.ID)
+// resetReplicas makes replicas worth nothing, durably, before the first piece
+// of a full copy is written over them. It is called only once the primary of
+// the record that named this standby has spoken: what a read said when the
+// shim started may be old, and the replica may be UpToDate in the record by now.
+func (st *standby) resetReplicas() error {
+	for n, store := range st.inst.stores {
+		err := store.SetMeta(func(m *blockstore.Meta) { m.State = model.Inconsistent })
+		if err == nil {
+			err = store.Wipe()
+		}
 		if err != nil {
-			return fmt.Errorf("look for disk %s: %w", d.ID, err)
-		}
-		if !have {
-			err := blockstore.Create(fs, dir, blockstore.Params{ID: d.ID, VM: s.cfg.Spec.UUID, Size: d.Size, State: model.Inconsistent})
-			if err != nil {
-				return fmt.Errorf("make replica of disk %s: %w", d.ID, err)
-			}
-			continue
-		}
-		if err := resetReplica(fs, dir, d.ID); err != nil {
-			return fmt.Errorf("empty replica of disk %s: %w", d.ID, err)
+			return fmt.Errorf("empty replica of disk %s: %w", st.s.cfg.Spec.Disks[n].ID, err)
 		}
 	}
 	return nil
 }
 
-func resetReplica(fs vfs.FS, dir, id string) error {
-	st, err := blockstore.Open(fs, dir, id, blockstore.Options{})
+// makeReplica makes the replica of a disk that this host has none of.
+func makeReplica(cfg shimapi.Config, d model.DiskSpec) error {
+	dir := filepath.Join(cfg.Dir, shimapi.DiskDir)
+	have, err := blockstore.Exists(vfs.OS{}, dir, d.ID)
 	if err != nil {
-		return err
+		return fmt.Errorf("look for disk %s: %w", d.ID, err)
 	}
-	defer st.Close()
-	if err := st.SetMeta(func(m *blockstore.Meta) { m.State = model.Inconsistent }); err != nil {
-		return err
+	if have {
+		return nil
 	}
-	if err := st.Discard(); err != nil {
-		return err
-	}
-	return st.Wipe()
+	return blockstore.Create(vfs.OS{}, dir, blockstore.Params{ID: d.ID, VM: cfg.Spec.UUID, Size: d.Size, State: model.Inconsistent})
 }

@@ -50,10 +50,10 @@ func (st *standby) try() (n model.Epoch, err error) {
 	ctx, cancel := context.WithTimeout(st.ctx, startTimeout)
 	defer cancel()
 	proc, q, done, err := st.scratch(ctx, dir)
+	defer done()
 	if err != nil {
 		return 0, fmt.Errorf("start scratch QEMU: %w", err)
 	}
-	defer done()
 	defer func() {
 		q.Close()
 		proc.Kill()
@@ -81,8 +81,8 @@ func (st *standby) try() (n model.Epoch, err error) {
 
 // scratch starts a QEMU like the standby's whose every write goes nowhere: the
 // memory is a private view, the taps have no bridge, the ports no clients, and
-// the guest never runs.
-func (st *standby) scratch(ctx context.Context, dir string) (proc *qemu.Process, q *qemu.QMP, done func(), err error) {
+// the guest never runs. done ends its ports; it is never nil.
+func (st *standby) scratch(ctx context.Context, dir string) (_ *qemu.Process, _ *qemu.QMP, done func(), err error) {
 	m := st.inst.machine(true)
 	m.Private = true
 	m.QMPPath, m.SerialPath, m.AgentPath = filepath.Join(dir, "qmp"), filepath.Join(dir, "serial"), filepath.Join(dir, "agent")
@@ -98,30 +98,25 @@ func (st *standby) scratch(ctx context.Context, dir string) (proc *qemu.Process,
 			p.Close()
 		}
 	}
-	defer func() {
-		if err != nil {
-			done()
-		}
-	}()
 	for _, path := range []string{m.SerialPath, m.AgentPath} {
 		p, err := chardev.Listen(path, chardev.Options{History: -1})
 		if err != nil {
-			return nil, nil, nil, err
+			return nil, nil, done, err
 		}
 		ports = append(ports, p)
 	}
 	args, err := qemu.Args(m)
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, nil, done, err
 	}
-	proc, err = qemu.Start(ctx, st.s.cfg.QEMU, args, qemu.StartOptions{LogPath: filepath.Join(dir, "log"), OOMScoreAdj: 500, Dir: dir})
+	proc, err := qemu.Start(ctx, st.s.cfg.QEMU, args, qemu.StartOptions{LogPath: filepath.Join(dir, "log"), OOMScoreAdj: 500, Dir: dir})
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, nil, done, err
 	}
-	q, err = qemu.DialQMP(ctx, m.QMPPath, proc.LogTail)
+	q, err := qemu.DialQMP(ctx, m.QMPPath, proc.LogTail)
 	if err != nil {
 		proc.Kill()
-		return nil, nil, nil, err
+		return nil, nil, done, err
 	}
 	return proc, q, done, nil
 }

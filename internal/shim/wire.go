@@ -29,6 +29,8 @@ const (
 	kindEpochDevices                  // endHeader, device state, console output, audit
 	kindEpochEnd                      // endTally
 	kindSynced                        // secondary to primary: full, as of an epoch
+	kindSyncFlush                     // make the copy so far durable
+	kindSyncFlushed                   // secondary to primary: it is
 	kindHandOver                      // switchover: the secondary may claim
 )
 
