@@ -124,7 +124,7 @@ func Open(ctx context.Context, cfg Config) (_ *RAM, err error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	if cfg.Dir, err = filepath.Abs(cfg.Dir); err != nil {
+	if cfg.Dir, err = realDir(cfg.Dir); err != nil {
 		return nil, fmt.Errorf("find guest memory directory: %w", err)
 	}
 	if cfg.CollectLimit == 0 {

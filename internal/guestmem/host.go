@@ -26,6 +26,20 @@ const readAhead = 16 << 20
 
 const fusectlDir = "/sys/fs/fuse/connections"
 
+// realDir returns the path of dir as the kernel's list of mounts spells it. dir itself is not
+// looked at: it may be a dead mount.
+func realDir(dir string) (string, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return "", err
+	}
+	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
+		return "", err
+	}
+	parent, err := filepath.EvalSymlinks(filepath.Dir(dir))
+	return filepath.Join(parent, filepath.Base(dir)), err
+}
+
 // prepareDir makes the mount point, and clears away the dead mount of a process that was killed.
 func prepareDir(dir string) error {
 	err := os.MkdirAll(dir, 0o700)

@@ -403,6 +403,14 @@ func TestOpenRefuses(t *testing.T) {
 	}
 }
 
+func TestOpenThroughSymlink(t *testing.T) {
+	link := t.TempDir() + "/with space"
+	if err := os.Symlink(t.TempDir(), link); err != nil {
+		t.Fatal(err)
+	}
+	openRAM(t, testSize, func(c *Config) { c.Dir = link + "/me m" })
+}
+
 func TestCloseWithGuestMapped(t *testing.T) {
 	r := openRAM(t, testSize)
 	g := startGuest(t, r.Path(), testSize)
