@@ -81,9 +81,19 @@ func TestBench(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 			t.Cleanup(cancel)
 			w.Ctx = ctx
+			b.describe(w)
 			part.run(w)
 		})
 	}
+}
+
+// describe notes what is measured and on what.
+func (b *bench) describe(w *World) {
+	w.T.Helper()
+	host := w.AnyHost()
+	h, err := w.API(host).Host(w.Ctx, host)
+	w.must(err, "show host")
+	b.res.Version, b.res.Accel = h.Version, h.Accel+", QEMU "+h.QEMU
 }
 
 func (b *bench) write() {
@@ -146,7 +156,6 @@ func (b *bench) idle(w *World) {
 		v := w.CreateVM(VMOptions{Memory: mem, Append: "perdure.tick=0"}).Protected()
 		v.settle()
 		before := v.Show()
-		b.res.Accel = before.Accel
 		start := time.Now()
 		w.Eventually(5*time.Minute, "checkpoints", func() error {
 			n := v.Show().Checkpoint.Count - before.Checkpoint.Count
@@ -291,7 +300,4 @@ func (b *bench) poweredOff(w *World) {
 func (b *bench) switchover(w *World) {
 	x := b.blackouts(w, min(*benchTries, 10), func(v *VM, p string) { w.Perdure(p, "vm", "switchover", v.Name) }, func(string) {})
 	b.atMost("switchover, client's longest wait, median", median(x), 60, "ms", fmt.Sprintf("%d tries", len(x)), x...)
-	c, err := w.API(w.AnyHost()).Cluster(w.Ctx)
-	w.must(err, "cluster")
-	b.res.Version = c.Version
 }

@@ -37,13 +37,18 @@ func Start(t *testing.T) *World {
 	testenv.QEMU(t)
 	testenv.Tool(t, "nsenter")
 	testenv.Slow(t)
+	began := time.Now()
 	if err := suite.build(); err != nil {
 		t.Fatal(err)
 	}
+	built := time.Since(began)
 	ctx, cancel := context.WithTimeoutCause(t.Context(), testLimit, fmt.Errorf("the test took longer than %v", testLimit))
 	t.Cleanup(cancel)
 	w := &World{T: t, Ctx: ctx, apis: map[string]*api.Client{}}
 	w.makeWhole()
+	if d := time.Since(began); d > 5*time.Second {
+		t.Logf("built in %v, lab whole after %v", built.Round(time.Millisecond), d.Round(time.Millisecond))
+	}
 	t.Cleanup(func() {
 		if t.Failed() {
 			w.showLogs()
