@@ -110,6 +110,32 @@ func (a *Agent) fetchBlobFrom(ctx context.Context, b model.Blob, host string) er
 	return nil
 }
 
+// sweepBlobs removes files that no VM has named for an hour. It does so only
+// with a quorum: an old copy of the store may not know the newest VM.
+func (a *Agent) sweepBlobs(now time.Time) {
+	if !a.store.Quorum() || !a.store.Loaded() {
+		return
+	}
+	used := map[string]bool{}
+	for _, v := range a.store.VMs() {
+		for _, b := range []*model.Blob{v.Spec.Kernel, v.Spec.Initrd} {
+			if b != nil {
+				used[b.SHA256] = true
+			}
+		}
+	}
+	entries, err := os.ReadDir(a.cfg.Path("blobs"))
+	if err != nil {
+		return
+	}
+	for _, e := range entries {
+		st, err := e.Info()
+		if err == nil && !used[e.Name()] && now.Sub(st.ModTime()) > uploadLife {
+			os.Remove(a.cfg.BlobPath(e.Name()))
+		}
+	}
+}
+
 // Blob implements httpapi.Service.
 func (a *Agent) Blob(_ context.Context, digest string) (io.ReadCloser, int64, error) {
 	if !digestRE.MatchString(digest) {

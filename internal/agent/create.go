@@ -177,6 +177,9 @@ func (a *Agent) planVM(ctx context.Context, req api.CreateVM) (_ *plan, err erro
 		}
 	}
 	p.spec = a.specOf(req, m)
+	if err := a.checkMACs(p.spec); err != nil {
+		return nil, err
+	}
 	if err := a.planFiles(ctx, req, p); err != nil {
 		return nil, err
 	}
@@ -314,9 +317,25 @@ func (a *Agent) specOf(req api.CreateVM, m Machine) model.VMSpec {
 	return s
 }
 
+// checkMACs refuses a hardware address that another VM has.
+func (a *Agent) checkMACs(spec model.VMSpec) error {
+	taken := map[string]string{}
+	for _, v := range a.store.VMs() {
+		for _, n := range v.Spec.NICs {
+			taken[n.MAC] = v.Spec.Name
+		}
+	}
+	for _, n := range spec.NICs {
+		if vm := taken[n.MAC]; vm != "" {
+			return api.Errorf(api.Conflict, "%s: hardware address %s belongs to VM %q already", n.ID, n.MAC, vm)
+		}
+	}
+	return nil
+}
+
 func newUUID() string {
 	var b [16]byte
-	rand.Read(b[:]) //nolint:errcheck // never fails
+	rand.Read(b[:]) // never fails
 	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
@@ -324,7 +343,7 @@ func newUUID() string {
 // newMAC draws an address of the range that QEMU uses.
 func newMAC() string {
 	var b [3]byte
-	rand.Read(b[:]) //nolint:errcheck // never fails
+	rand.Read(b[:]) // never fails
 	return fmt.Sprintf("52:54:00:%02x:%02x:%02x", b[0], b[1], b[2])
 }
 

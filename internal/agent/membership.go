@@ -109,6 +109,7 @@ func (a *Agent) housekeep(ctx context.Context) {
 		now := time.Now()
 		a.uploads.sweep(now)
 		a.ops.sweep(now)
+		a.sweepBlobs(now)
 		if a.store.Quorum() && a.store.Leader() == a.cfg.Name {
 			if err := a.store.SweepTokens(ctx, now); err != nil {
 				a.log.Debug("tokens cannot be swept", "error", err)

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"time"
@@ -72,6 +73,9 @@ func Join(ctx context.Context, cfg config.Config, token, version string) error {
 		Addrs: []string{cfg.APIAddr()}, ALinks: cfg.ALinkAddrs(), PeerURL: peerURL(cfg), ClientURL: "https://" + cfg.ClientAddr(),
 		Version: version, StateFormat: StateFormat,
 	})
+	if errors.Is(err, pki.ErrForeign) {
+		return api.Errorf(api.Forbidden, "join cluster: %w", err).WithAction("nothing was sent to it; check the addresses, or make a new token")
+	}
 	if err != nil {
 		return fmt.Errorf("join cluster: %w", err)
 	}
@@ -168,6 +172,6 @@ func hostIPs(lan string, alinks []string) []net.IP {
 // randomID returns n random bytes in hexadecimal.
 func randomID(n int) string {
 	b := make([]byte, n)
-	rand.Read(b) //nolint:errcheck // never fails
+	rand.Read(b) // never fails
 	return hex.EncodeToString(b)
 }

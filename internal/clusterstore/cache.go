@@ -138,12 +138,10 @@ func (c *cache) del(key string) {
 
 // watchLoop keeps the copy up to date: read all, then follow. Where the watch
 // breaks (compaction, overload) everything is read again.
+//
+// It does not wait for a quorum: an agent that restarts without one must see
+// what it knew, to show it and to find its VMs.
 func (s *Store) watchLoop(ctx context.Context) {
-	select {
-	case <-s.ready:
-	case <-ctx.Done():
-		return
-	}
 	for ctx.Err() == nil {
 		rev, err := s.loadAll(ctx)
 		if err == nil {

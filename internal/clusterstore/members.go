@@ -41,7 +41,7 @@ type Member struct {
 // sorted by name.
 func (s *Store) Members() []Member {
 	srv := s.etcd.Server
-	lead := uint64(srv.Lead())
+	lead := srv.Lead()
 	var out []Member
 	for _, m := range srv.Cluster().Members() {
 		mm := Member{ID: uint64(m.ID), Name: m.Name, Learner: m.IsLearner,
@@ -163,7 +163,7 @@ func (s *Store) leadLoop(ctx context.Context) {
 	}
 	var notBefore time.Time
 	for sleep(ctx, leadEvery) {
-		if uint64(s.etcd.Server.Lead()) != uint64(s.etcd.Server.MemberID()) {
+		if s.etcd.Server.Lead() != uint64(s.etcd.Server.MemberID()) {
 			continue
 		}
 		members := s.Members()

@@ -25,6 +25,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -62,6 +63,7 @@ type Config struct {
 	Heartbeat  time.Duration // 0: 100 ms
 	Election   time.Duration // 0: 1 s
 	OpTimeout  time.Duration // 0: 2 s; every call ends within it
+	JoinWait   time.Duration // 0: 15 s; how long a first start waits until the others know of this member
 
 	// Initial names all members with their peer URLs, this one included. It is
 	// read at the first start only.
@@ -85,6 +87,9 @@ func (c *Config) defaults() {
 	}
 	if c.OpTimeout == 0 {
 		c.OpTimeout = 2 * time.Second
+	}
+	if c.JoinWait == 0 {
+		c.JoinWait = 15 * time.Second
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -116,16 +121,12 @@ type Store struct {
 // has found the others is told by Ready. ctx bounds the start only.
 func Open(ctx context.Context, cfg Config) (*Store, error) {
 	cfg.defaults()
-	ec, err := cfg.embed()
-	if err != nil {
-		return nil, err
-	}
 	tlsInfo := cfg.tlsInfo()
 	probeTLS, err := tlsInfo.ClientConfig()
 	if err != nil {
 		return nil, fmt.Errorf("open cluster store: read certificates: %w", err)
 	}
-	e, err := startEtcd(ctx, ec)
+	e, err := cfg.start(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("open cluster store: %w", err)
 	}
@@ -149,6 +150,28 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	s.own(func() { s.health.run(run) })
 	s.own(func() { s.leadLoop(run) })
 	return s, nil
+}
+
+// start starts etcd. A member that joins asks whichever of the others answers
+// first who belongs to the cluster, and one of them may not have heard of it
+// yet: then it asks again.
+func (c *Config) start(ctx context.Context) (*embed.Etcd, error) {
+	end := time.Now().Add(c.JoinWait)
+	for {
+		ec, err := c.embed()
+		if err != nil {
+			return nil, err
+		}
+		e, err := startEtcd(ctx, ec)
+		var ne *net.OpError
+		if err == nil || !c.Existing || HasData(c.Dir) || errors.As(err, &ne) || time.Now().After(end) {
+			return e, err
+		}
+		c.Logger.Debug("the cluster store does not know this member yet", "error", err)
+		if !sleep(ctx, 300*time.Millisecond) {
+			return nil, err
+		}
+	}
 }
 
 // startEtcd gives StartEtcd, which takes no context, a bound.

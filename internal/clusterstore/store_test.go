@@ -424,6 +424,7 @@ func TestQuorumLostNeverBlocks(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	eventually(t, "the copy for hints is there without a quorum", 5*time.Second, func() bool { return len(a.VMs()) == 1 })
 	closed := make(chan struct{})
 	go func() { f.close("a"); close(closed) }()
 	select {
@@ -452,7 +453,7 @@ func TestForeignAuthorityIsRefused(t *testing.T) {
 	}
 	cfg := f.config("evil", other)
 	cfg.Initial = map[string]string{"a": "https://" + f.cfgs["a"].PeerAddr, "evil": "https://" + cfg.PeerAddr}
-	cfg.Existing = true
+	cfg.Existing, cfg.JoinWait = true, time.Second
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	s, err := Open(ctx, cfg)

@@ -37,7 +37,7 @@ func mustCA(t *testing.T) *CA {
 }
 
 // talk runs one TLS connection and returns what each side made of it.
-func talk(t *testing.T, server, client *tls.Config) (serverErr, clientErr error, peer string) {
+func talk(t *testing.T, server, client *tls.Config) (peer string, serverErr, clientErr error) {
 	t.Helper()
 	l, err := tls.Listen("tcp", "127.0.0.1:0", server)
 	if err != nil {
@@ -73,20 +73,20 @@ func talk(t *testing.T, server, client *tls.Config) (serverErr, clientErr error,
 		c.Close()
 	}
 	r := <-ch
-	return r.err, err, r.peer
+	return r.peer, r.err, err
 }
 
 func TestMutualTLSByName(t *testing.T) {
 	ca, now := mustCA(t), time.Now()
 	a, b := mustIdentity(t, ca, "a", now), mustIdentity(t, ca, "b", now)
-	serr, cerr, peer := talk(t, a.ServerTLS(false), b.ClientTLS("a"))
+	peer, serr, cerr := talk(t, a.ServerTLS(false), b.ClientTLS("a"))
 	if serr != nil || cerr != nil || peer != "b" {
 		t.Fatalf("server %v, client %v, peer %q", serr, cerr, peer)
 	}
-	if _, cerr, _ = talk(t, a.ServerTLS(false), b.ClientTLS("c")); cerr == nil {
+	if _, _, cerr = talk(t, a.ServerTLS(false), b.ClientTLS("c")); cerr == nil {
 		t.Fatal("the wrong host was accepted: certificates must be judged by name")
 	}
-	if _, cerr, _ = talk(t, a.ServerTLS(false), b.ClientTLS("")); cerr != nil {
+	if _, _, cerr = talk(t, a.ServerTLS(false), b.ClientTLS("")); cerr != nil {
 		t.Fatal(cerr)
 	}
 }
@@ -94,19 +94,19 @@ func TestMutualTLSByName(t *testing.T) {
 func TestWrongCAAndNoCertificate(t *testing.T) {
 	ca, other, now := mustCA(t), mustCA(t), time.Now()
 	a, evil := mustIdentity(t, ca, "a", now), mustIdentity(t, other, "b", now)
-	if serr, _, _ := talk(t, a.ServerTLS(false), &tls.Config{Certificates: evil.ClientTLS("a").Certificates, InsecureSkipVerify: true}); serr == nil {
+	if _, serr, _ := talk(t, a.ServerTLS(false), &tls.Config{Certificates: evil.ClientTLS("a").Certificates, InsecureSkipVerify: true}); serr == nil {
 		t.Fatal("a client of another authority was accepted")
 	}
-	if _, cerr, _ := talk(t, evil.ServerTLS(true), a.ClientTLS("b")); cerr == nil {
+	if _, _, cerr := talk(t, evil.ServerTLS(true), a.ClientTLS("b")); cerr == nil {
 		t.Fatal("a server of another authority was accepted")
 	}
-	if _, cerr, _ := talk(t, evil.ServerTLS(true), a.ClientTLS("")); cerr == nil {
+	if _, _, cerr := talk(t, evil.ServerTLS(true), a.ClientTLS("")); cerr == nil {
 		t.Fatal("a server of another authority was accepted where any host would do")
 	}
-	if serr, _, _ := talk(t, a.ServerTLS(false), JoinTLS(a.CAFingerprint())); serr == nil {
+	if _, serr, _ := talk(t, a.ServerTLS(false), JoinTLS(a.CAFingerprint())); serr == nil {
 		t.Fatal("a client without a certificate was accepted")
 	}
-	if serr, _, _ := talk(t, a.ServerTLS(false), &tls.Config{InsecureSkipVerify: true, MaxVersion: tls.VersionTLS12}); serr == nil {
+	if _, serr, _ := talk(t, a.ServerTLS(false), &tls.Config{InsecureSkipVerify: true, MaxVersion: tls.VersionTLS12}); serr == nil {
 		t.Fatal("TLS 1.2 was accepted")
 	}
 }
@@ -114,11 +114,11 @@ func TestWrongCAAndNoCertificate(t *testing.T) {
 func TestJoinTLS(t *testing.T) {
 	ca, other, now := mustCA(t), mustCA(t), time.Now()
 	a, evil := mustIdentity(t, ca, "a", now), mustIdentity(t, other, "a", now)
-	serr, cerr, peer := talk(t, a.ServerTLS(true), JoinTLS(a.CAFingerprint()))
+	peer, serr, cerr := talk(t, a.ServerTLS(true), JoinTLS(a.CAFingerprint()))
 	if serr != nil || cerr != nil || peer != "" {
 		t.Fatalf("server %v, client %v, peer %q", serr, cerr, peer)
 	}
-	if _, cerr, _ := talk(t, evil.ServerTLS(true), JoinTLS(a.CAFingerprint())); cerr == nil {
+	if _, _, cerr := talk(t, evil.ServerTLS(true), JoinTLS(a.CAFingerprint())); cerr == nil {
 		t.Fatal("a server of another authority was joined")
 	}
 }
@@ -131,10 +131,10 @@ func TestExpiredCertificate(t *testing.T) {
 	}
 	old := mustIdentity(t, ca, "a", long)
 	fresh := mustIdentity(t, ca, "b", time.Now())
-	if _, cerr, _ := talk(t, old.ServerTLS(false), fresh.ClientTLS("a")); cerr == nil {
+	if _, _, cerr := talk(t, old.ServerTLS(false), fresh.ClientTLS("a")); cerr == nil {
 		t.Fatal("an expired server certificate was accepted")
 	}
-	if serr, _, _ := talk(t, fresh.ServerTLS(false), old.ClientTLS("b")); serr == nil {
+	if _, serr, _ := talk(t, fresh.ServerTLS(false), old.ClientTLS("b")); serr == nil {
 		t.Fatal("an expired client certificate was accepted")
 	}
 }

@@ -109,6 +109,9 @@ func (id *Identity) ClientTLS(host string) *tls.Config {
 	return cfg
 }
 
+// ErrForeign says that a server is not of the cluster that a token names.
+var ErrForeign = errors.New("the server does not belong to the cluster of the token")
+
 // JoinTLS is the configuration with which a host that has no certificate yet
 // connects to a cluster of which it knows the authority's fingerprint only.
 func JoinTLS(caFingerprint string) *tls.Config {
@@ -125,7 +128,7 @@ func JoinTLS(caFingerprint string) *tls.Config {
 					return verifyHostChain(&cs, roots)
 				}
 			}
-			return fmt.Errorf("the server does not belong to the cluster of the token (its authority is not %.16s…)", caFingerprint)
+			return fmt.Errorf("%w (its authority is not %.16s…)", ErrForeign, caFingerprint)
 		},
 	}
 }
