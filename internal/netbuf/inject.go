@@ -7,16 +7,21 @@ import (
 )
 
 // vnetHeader is the length of the virtio-net header that a guest with
-// VIRTIO_F_VERSION_1 or mergeable buffers uses (virtio 1.2, 5.1.6).
+// VIRTIO_F_VERSION_1 or mergeable buffers uses (virtio 1.2, 5.1.6); without
+// either it is 10. The tap has the same.
 const vnetHeader = 12
 
 // Inject sends one Ethernet frame out of the host as if the guest had sent
 // it, through the same way as released frames. The caller holds the right to
-// let output leave.
+// let output leave. The header is as long as that of the guest's last frame, or,
+// while it has sent none here, as most guests have it.
 func (d *Diverter) Inject(ctx context.Context, frame []byte) error {
-	b := make([]byte, prefix+vnetHeader, prefix+vnetHeader+len(frame))
-	binary.BigEndian.PutUint32(b, uint32(vnetHeader+len(frame)))
-	binary.BigEndian.PutUint32(b[4:], vnetHeader)
+	d.mu.Lock()
+	header := d.header
+	d.mu.Unlock()
+	b := make([]byte, prefix+header, prefix+header+len(frame))
+	binary.BigEndian.PutUint32(b, uint32(header+len(frame)))
+	binary.BigEndian.PutUint32(b[4:], uint32(header))
 	b = append(b, frame...)
 	return d.Release(ctx, Frames{frames: 1, bytes: int64(len(b)), parts: []*buffer{{data: b, whole: len(b), end: len(b), frames: 1}}})
 }

@@ -84,6 +84,7 @@ type Diverter struct {
 	frames int
 	bytes  int64
 	since  time.Time
+	header int // length of the virtio-net header, as last seen
 	over   bool
 	stats  Stats
 	err    error
@@ -128,7 +129,7 @@ func Divert(ctx context.Context, q Commander, nicID, sockDir string, o Options) 
 	if o.MaxBytes <= 0 {
 		o.MaxBytes = defaultMax
 	}
-	d := &Diverter{nic: nicID, opt: o, q: q, arrived: make(chan struct{}, 1), done: make(chan struct{}), token: make(chan struct{}, 1), pool: newPool()}
+	d := &Diverter{nic: nicID, opt: o, q: q, arrived: make(chan struct{}, 1), done: make(chan struct{}), token: make(chan struct{}, 1), pool: newPool(), header: vnetHeader}
 	d.token <- struct{}{}
 	if err := d.setUp(ctx, sockDir); err != nil {
 		d.tearDown(context.WithoutCancel(ctx))
@@ -326,6 +327,9 @@ func (d *Diverter) parse() error {
 		}
 		d.stats.Frames++
 		d.stats.Bytes += uint64(n)
+		if h := binary.BigEndian.Uint32(b.data[b.whole+4:]); h > 0 && h <= 64 {
+			d.header = int(h)
+		}
 		if d.bytes+int64(size) > 2*d.opt.MaxBytes {
 			d.stats.Dropped++
 			b.end = b.whole + copy(b.data[b.whole:], b.data[b.whole+size:b.end])

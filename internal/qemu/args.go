@@ -65,7 +65,7 @@ func Args(m Machine) ([]string, error) {
 		a.nic(i, n)
 	}
 	for i, d := range m.Disks {
-		a.disk(i, d, m.Scratch)
+		a.disk(i, d)
 	}
 	if m.Kernel != "" {
 		a.add("-kernel", m.Kernel)
@@ -114,9 +114,6 @@ func (m *Machine) validate() error {
 	}
 	if m.FT && m.Accel == KVM && (m.TSCHz < 1e6 || m.TSCHz > 1e11) {
 		bad("Level 3 with kvm needs a fixed TSC frequency; %d Hz is none", m.TSCHz)
-	}
-	if m.Scratch && !m.Incoming {
-		bad("a scratch machine only loads a state")
 	}
 	if m.Kernel == "" && (m.Initrd != "" || m.Append != "") {
 		bad("initrd and append need a kernel")
@@ -173,7 +170,7 @@ func (m *Machine) validateDevices() []error {
 	}
 	for _, d := range m.Disks {
 		id(d.ID)
-		if d.Socket == "" && !m.Scratch {
+		if d.Socket == "" {
 			bad("disk %s: no socket", d.ID)
 		}
 	}
@@ -260,10 +257,6 @@ func (a *argList) memory(m Machine) {
 		a.opts("-object", "memory-backend-file", "id="+RAMBlockID, size, kv("mem-path", m.MemPath), "share=off", "prealloc=off")
 		return
 	}
-	if m.Scratch {
-		a.opts("-object", "memory-backend-file", "id="+RAMBlockID, size, kv("mem-path", m.MemPath), "share=off")
-		return
-	}
 	// Allocated and locked, or the next untouched page would be a SIGBUS for
 	// the guest when the process that serves the file dies.
 	a.add("-overcommit", "mem-lock=on")
@@ -285,19 +278,12 @@ func (a *argList) characters(m Machine) {
 	if m.QEMU.atLeast(9, 2) {
 		retry = fmt.Sprintf("reconnect-ms=%d", chardevGap)
 	}
-	backend := func(id, path string) {
-		if m.Scratch {
-			a.opts("-chardev", "null", "id="+id)
-		} else {
-			a.opts("-chardev", "socket", "id="+id, kv("path", path), "server=off", retry)
-		}
-	}
 	if m.SerialPath != "" {
-		backend("serial0", m.SerialPath)
+		a.opts("-chardev", "socket", "id=serial0", kv("path", m.SerialPath), "server=off", retry)
 		a.add("-device", "isa-serial,id=com1,chardev=serial0")
 	}
 	if m.AgentPath != "" {
-		backend("agent0", m.AgentPath)
+		a.opts("-chardev", "socket", "id=agent0", kv("path", m.AgentPath), "server=off", retry)
 		a.pci("virtio-serial-pci", slotSerial, "id=vser0", "max_ports=4", a.virtio)
 		a.add("-device", "virtserialport,id=agentport0,bus=vser0.0,nr=1,chardev=agent0,name="+agentPort)
 	}
@@ -308,9 +294,7 @@ func (a *argList) display(m Machine) {
 	if m.VNCPath == "" {
 		return
 	}
-	if !m.Scratch {
-		a.add("-vnc", "unix:"+strings.ReplaceAll(m.VNCPath, ",", ",,"))
-	}
+	a.add("-vnc", "unix:"+strings.ReplaceAll(m.VNCPath, ",", ",,"))
 	// Not a VGA: its memory would be a RAM block that no checkpoint holds.
 	a.pci("virtio-gpu-pci", slotGPU, "id=gpu0", "max_outputs=1")
 }
@@ -322,12 +306,9 @@ func (a *argList) nic(i int, n NIC) {
 	a.pci("virtio-net-pci", slotNIC+i, "id=dev-"+n.ID, "netdev="+n.ID, "mac="+n.MAC, "mq=off", "romfile=", a.virtio)
 }
 
-func (a *argList) disk(i int, d Disk, scratch bool) {
+func (a *argList) disk(i int, d Disk) {
 	b := []string{"driver=nbd", "node-name=" + d.ID, "server.type=unix", kv("server.path", d.Socket), kv("export", d.Export),
 		"reconnect-delay=" + strconv.Itoa(nbdRetry), "discard=unmap"}
-	if scratch {
-		b = []string{"driver=null-co", "node-name=" + d.ID, "size=" + strconv.FormatInt(d.Size, 10), "read-zeroes=on"}
-	}
 	if d.ReadOnly {
 		b = append(b, "read-only=on")
 	}

@@ -43,11 +43,8 @@ func TestArgsGolden(t *testing.T) {
 			m.FT, m.MemPath = false, ""
 			m.Firmware = &Firmware{Code: "/fw/CODE.fd", Vars: "/s/VARS, odd.fd"}
 		},
-		"i440fx": func(m *Machine) { m.Type = "pc-i440fx-7.2" },
-		"scratch": func(m *Machine) {
-			m.Scratch, m.Incoming = true, true
-			m.VNCPath = "/s/vnc.sock"
-		},
+		"i440fx":  func(m *Machine) { m.Type = "pc-i440fx-7.2" },
+		"scratch": func(m *Machine) { m.Private, m.Incoming = true, true },
 		"modern":  func(m *Machine) { m.ModernVirtio = true },
 		"qemu-10": func(m *Machine) { m.QEMU = Version{10, 0, 2} },
 		"smallest": func(m *Machine) {
@@ -103,7 +100,6 @@ func TestArgsRefuse(t *testing.T) {
 		"multicast":    {func(m *Machine) { m.NICs[0].MAC = "01:00:00:00:00:01" }, "unicast"},
 		"many NICs":    {func(m *Machine) { m.NICs = make([]NIC, 9) }, "9 NICs"},
 		"many disks":   {func(m *Machine) { m.Disks = make([]Disk, 15) }, "15 disks"},
-		"scratch":      {func(m *Machine) { m.Scratch = true }, "only loads"},
 		"disk nowhere": {func(m *Machine) { m.Disks[0].Socket = "" }, "no socket"},
 	}
 	for name, c := range cases {

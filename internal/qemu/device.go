@@ -266,16 +266,3 @@ func (q *QMP) awaitLoad(ctx context.Context, events <-chan Event) error {
 		}
 	}
 }
-
-// Try loads a state into a scratch QEMU of its own and ends it: nil means that
-// a standby built like m would take the state. m is the standby's machine with QMPPath
-// and each NIC's tap replaced; Scratch and Incoming are set here. logPath takes QEMU's
-// messages. The memory in m.MemPath must be that of the state, and must not change meanwhile.
-func Try(ctx context.Context, path string, m Machine, state []byte, logPath string) error {
-	m.Scratch, m.Incoming = true, true
-	err := withQEMU(ctx, path, m, logPath, func(q *QMP) error { return q.LoadDevices(ctx, state) })
-	if err != nil {
-		return fmt.Errorf("try state in a scratch QEMU: %w", err)
-	}
-	return nil
-}

@@ -73,12 +73,6 @@ type Machine struct {
 	// must not change with the level.
 	ModernVirtio bool
 
-	// Scratch is for a QEMU that only tries whether a state can be loaded (see
-	// Try): memory is a private view of MemPath, disks are empty, character
-	// devices lead nowhere. Each NIC needs a tap on no bridge, since QEMU announces itself
-	// when a state was loaded. The guest must never run.
-	Scratch bool
-
 	Incoming bool    // wait for LoadDevices instead of starting at the reset vector
 	Sandbox  bool    // QEMU's seccomp filter
 	QEMU     Version // of the binary, for options that changed; zero means the oldest supported, 7.2
@@ -89,8 +83,7 @@ type Disk struct {
 	ID        string // "disk0"; also the node's name and the serial number that the guest sees
 	Socket    string
 	Export    string
-	Size      int64 // bytes; used only for Machine.Scratch, elsewhere the export knows
-	BootIndex int   // position in the boot order from 1; 0: not bootable
+	BootIndex int // position in the boot order from 1; 0: not bootable
 	ReadOnly  bool
 }
 
@@ -116,7 +109,7 @@ func FromSpec(s model.VMSpec) Machine {
 		VCPUs: s.VCPUs, Memory: s.Memory, FT: s.Level == model.LevelFT, Append: s.Append,
 	}
 	for i, d := range s.Disks {
-		m.Disks = append(m.Disks, Disk{ID: d.ID, Export: d.ID, Size: d.Size, BootIndex: i + 1})
+		m.Disks = append(m.Disks, Disk{ID: d.ID, Export: d.ID, BootIndex: i + 1})
 	}
 	for _, n := range s.NICs {
 		m.NICs = append(m.NICs, NIC{ID: n.ID, MAC: n.MAC})
