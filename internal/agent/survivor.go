@@ -102,7 +102,7 @@ func (w *worker) gainSurvivor(ctx context.Context, v clusterstore.VMView) {
 				"bring the lost voter back; the loss of one more host would stop this VM until then")
 			return
 		}
-		w.a.event(w.vm, "survivor-on", got.Record.Term, "a voter of the cluster is lost: this host may go on alone, host %s will not claim meanwhile", rec.Secondary.Host)
+		w.a.event(w.vm, "survivor-on", got.Record.Term, "%s: this host may go on alone, host %s will not claim meanwhile", w.a.voteShortage(), rec.Secondary.Host)
 	}
 	// Read back: the right is held only on a record that was seen to say so.
 	cur, err := w.a.store.Record(ctx, w.vm)
@@ -115,8 +115,18 @@ func (w *worker) gainSurvivor(ctx context.Context, v clusterstore.VMView) {
 	}
 	s.told, s.toldAt = rec.Primary.Run, time.Now()
 	w.problem(survivorErr, "", "", "")
-	w.problem("survivor", model.Warning, "a voter of the cluster is lost; this host goes on alone if it must, host "+rec.Secondary.Host+" does not take over by itself meanwhile",
-		"bring the lost voter (the witness, perhaps) back")
+	w.problem("survivor", model.Warning, w.a.voteShortage()+"; this host goes on alone if it must, host "+rec.Secondary.Host+" does not take over by itself meanwhile",
+		"bring the lost voter back, or add a witness where there is none")
+}
+
+// voteShortage says why the cluster could not bear the loss of one more voter.
+func (a *Agent) voteShortage() string {
+	for _, m := range a.store.Members() {
+		if !m.Learner && m.LostFor >= voterLost {
+			return "voter " + m.Name + " is lost"
+		}
+	}
+	return "there are two hosts and no witness"
 }
 
 func (w *worker) dropSurvivor(ctx context.Context, v clusterstore.VMView) {
