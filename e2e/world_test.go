@@ -125,13 +125,14 @@ func (w *World) removeVMs(ctx context.Context) error {
 }
 
 func removeVM(ctx context.Context, c *api.Client, name string) error {
+	patience := time.Now().Add(10 * time.Second) // for what is still ending by itself
 	for {
 		vm, err := c.VM(ctx, name)
 		if err != nil && api.ClassOf(err) == api.NotFound {
 			return nil
 		}
 		if err == nil && vm.Mode == "stopped" {
-			err = c.DeleteVM(ctx, name, api.DeleteVM{Force: true})
+			err = c.DeleteVM(ctx, name, api.DeleteVM{Force: time.Now().After(patience)})
 		} else if err == nil {
 			err = c.KillVM(ctx, name)
 		}

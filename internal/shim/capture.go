@@ -48,6 +48,10 @@ const (
 	auditRandom  = 4
 )
 
+// preFlushPages is how many dirty pages the last epoch had for an extra flush
+// before the next stop to pay: below, the flush costs more than it saves.
+const preFlushPages = 300
+
 // flush reports whether a disk write of this epoch was promised to be durable.
 func (c *captured) flush() bool {
 	for _, w := range c.disks {
@@ -77,6 +81,13 @@ func (p *primary) capture(flags uint32, stay bool, stopped func() error) (c *cap
 		return nil, err
 	}
 	defer p.unholdInput()
+	if p.lastPages > preFlushPages {
+		// Most of a large dirty set is collected while the guest still runs; what
+		// it dirties meanwhile comes with the flush that counts.
+		if err := p.inst.ram.Flush(); err != nil {
+			return nil, fmt.Errorf("collect memory: %w", err)
+		}
+	}
 	for _, v := range p.inst.vols {
 		v.BeginStop()
 	}
@@ -102,6 +113,7 @@ func (p *primary) capture(flags uint32, stay bool, stopped func() error) (c *cap
 	}
 	c.done = time.Now()
 	c.guestNS = int64(p.inst.guestTime())
+	p.lastPages = c.pages.Pages()
 	p.pacer.Captured(start, bootNow())
 	p.s.stats.captured(c.at, c.done.Sub(c.at), c.pages.Pages())
 	return c, nil

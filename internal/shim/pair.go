@@ -51,7 +51,7 @@ type pair struct {
 }
 
 func newPair(p *primary, host string, term model.Term) *pair {
-	pr := &pair{p: p, host: host, term: term, begun: time.Now(), enc: guestmem.NewEncoder(guestmem.EncoderConfig{}),
+	pr := &pair{p: p, host: host, term: term, begun: time.Now(), enc: guestmem.NewEncoder(guestmem.EncoderConfig{SkipUnchanged: true, Size: p.s.cfg.Spec.Memory}),
 		sendQ: make(chan *captured, 2*epoch.MaxInFlight), acts: make(chan epoch.Action, 64), gate: make(chan struct{}, 1), flushed: make(chan struct{}, 1),
 		flights: map[model.Epoch]*captured{}, slow: epoch.NewSlowWatch(2*time.Second, 5*time.Second)}
 	pr.ctx, pr.cancel = context.WithCancel(p.ctx)

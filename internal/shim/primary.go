@@ -44,12 +44,13 @@ type primary struct {
 	ramMu sync.Mutex
 
 	// Owned by the runner.
-	pair     *pair // the pair being filled or held, nil while alone
-	held     bool  // output and writes are held per epoch
-	standing string
-	pacer    *epoch.Pacer
-	started  bool
-	kept     []netbuf.Frames // output that leaves as soon as the guest runs: of a hand-over, by NIC
+	pair      *pair // the pair being filled or held, nil while alone
+	held      bool  // output and writes are held per epoch
+	standing  string
+	pacer     *epoch.Pacer
+	started   bool
+	lastPages int             // dirty pages of the last epoch
+	kept      []netbuf.Frames // output that leaves as soon as the guest runs: of a hand-over, by NIC
 
 	ended sync.Once
 	mu    sync.Mutex // guards what others read
@@ -580,6 +581,15 @@ func (p *primary) ruleChanged(r outputRule) {
 	if r == ruleAcked && pr != nil && pr.caughtUp() {
 		p.do(func() { p.enterHeld(pr) })
 	}
+	if r == ruleFree && pr != nil {
+		// Without a secondary that could take over: by the record, or by the
+		// survivor right before the record can say so.
+		p.do(func() {
+			if p.held {
+				p.leavePair()
+			}
+		})
+	}
 	if pr != nil {
 		pr.gateChanged()
 	}
@@ -616,28 +626,29 @@ func (p *primary) enterHeld(pr *pair) {
 
 // alone leaves a pair behind after simplex was granted: everything held is
 // committed and released in order, then the guest goes on without holding.
-func (p *primary) alone() {
-	p.do(func() {
-		pr := p.pair
-		p.pair = nil
-		p.mu.Lock()
-		p.cur = nil
-		p.mu.Unlock()
-		if pr != nil {
-			pr.leave()
-			for _, v := range p.inst.vols {
-				v.StopTracking()
-			}
+func (p *primary) alone() { p.do(p.leavePair) }
+
+// leavePair is alone in the runner.
+func (p *primary) leavePair() {
+	pr := p.pair
+	p.pair = nil
+	p.mu.Lock()
+	p.cur = nil
+	p.mu.Unlock()
+	if pr != nil {
+		pr.leave()
+		for _, v := range p.inst.vols {
+			v.StopTracking()
 		}
-		if p.inst.ram != nil {
-			p.inst.ram.SetMode(guestmem.Discard)
+	}
+	if p.inst.ram != nil {
+		p.inst.ram.SetMode(guestmem.Discard)
+	}
+	if p.held {
+		if err := p.leaveHeld(pr); err != nil {
+			p.guestEnded(err.Error())
 		}
-		if p.held {
-			if err := p.leaveHeld(pr); err != nil {
-				p.guestEnded(err.Error())
-			}
-		}
-	})
+	}
 }
 
 // leaveHeld is the end of holding. The guest stands still meanwhile.
