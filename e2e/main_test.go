@@ -78,7 +78,8 @@ func runAll(m *testing.M) int {
 }
 
 // workDir is the same for each run of one checkout, so that what a killed run
-// left is found, and locked while a run lasts.
+// left is found, and locked while a run lasts. PERDURE_E2E_DIR names another, at
+// most 40 bytes long, for a run beside others.
 func workDir() (dir string, unlock func(), err error) {
 	wd, err := os.Getwd()
 	if err != nil {
@@ -87,7 +88,9 @@ func workDir() (dir string, unlock func(), err error) {
 	h := fnv.New32a()
 	h.Write([]byte(wd))
 	// Not on tmpfs: disks and journals of the hosts lie below.
-	dir = filepath.Join("/var/tmp", fmt.Sprintf("perdure-%08x", h.Sum32()))
+	if dir = os.Getenv("PERDURE_E2E_DIR"); dir == "" {
+		dir = filepath.Join("/var/tmp", fmt.Sprintf("perdure-%08x", h.Sum32()))
+	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", nil, fmt.Errorf("make work directory: %w", err)
 	}
@@ -95,7 +98,12 @@ func workDir() (dir string, unlock func(), err error) {
 	if err != nil {
 		return "", nil, fmt.Errorf("open work directory: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		fmt.Fprintln(os.Stderr, "e2e: another run of this checkout is under way; waiting for its end")
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+	}
+	if err != nil {
 		f.Close()
 		return "", nil, fmt.Errorf("lock work directory: %w", err)
 	}

@@ -93,6 +93,7 @@ func (v *VM) remove() {
 	defer cancel()
 	if v.w.T.Failed() {
 		v.w.T.Logf("--- events of %s\n%s", v.Name, v.events(ctx))
+		v.w.T.Logf("--- console of %s\n%s", v.Name, v.console())
 		return
 	}
 	if err := removeVM(ctx, v.w.API(v.w.AnyHost()), v.Name); err != nil {
@@ -107,6 +108,16 @@ func (v *VM) events(ctx context.Context) string {
 		}
 	}
 	return "(no agent answers)"
+}
+
+// console returns the end of what the guest printed.
+func (v *VM) console() string {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	cmd := v.w.Lab.Command(ctx, v.w.AnyHost(), "perdure", "vm", "console", v.Name)
+	out, _ := cmd.CombinedOutput() // it goes on until it is killed
+	lines := strings.Split(strings.TrimSpace(string(out)), "\n")
+	return strings.Join(lines[max(0, len(lines)-30):], "\n")
 }
 
 // Protected waits until both hosts hold the VM and nothing is wrong with it.
