@@ -82,7 +82,7 @@ func checkTracking(ctx context.Context, caps qemu.Capabilities, probed error) do
 	if probed != nil || accel == "" {
 		return doctor.Result{Level: doctor.Failed, Text: "not checked, no guest runs here"}
 	}
-	r, err := selftest.Prove(ctx, os.TempDir(), selftest.Options{QEMU: caps.Path, Accel: accel, Type: caps.Q35, Helper: flusherArgv(), TSCHz: selftest.TSCHz()})
+	r, err := selftest.Prove(ctx, os.TempDir(), selftest.Options{QEMU: caps.Path, Accel: accel, Type: caps.Q35, Helper: flusherArgv(), TSCHz: qemu.KVMTSCHz()})
 	if err != nil {
 		return doctor.Result{Level: doctor.Failed, Text: err.Error(), Action: "do not use Level 3 on this host; report the kernel, the QEMU and the processor"}
 	}

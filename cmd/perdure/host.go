@@ -67,7 +67,7 @@ func probeMachine(ctx context.Context, path string) (agent.Machine, error) {
 	}
 	m := agent.Machine{QEMU: fmt.Sprintf("%d.%d.%d", caps.Version.Major, caps.Version.Minor, caps.Version.Micro), Accel: bestAccel(caps), Type: caps.Q35}
 	if m.Accel == qemu.KVM {
-		m.CPU = defaultCPU
+		m.CPU, m.TSCHz = defaultCPU, qemu.KVMTSCHz()
 	}
 	if m.Accel == "" {
 		return m, fmt.Errorf("no accelerator runs a 64-bit guest: kvm: %s; tcg: %s", caps.Accels[qemu.KVM], caps.Accels[qemu.TCG])

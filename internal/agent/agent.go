@@ -48,6 +48,7 @@ type Machine struct {
 	QEMU  string // version, "7.2.22"; empty: none that can be used
 	Accel string // "kvm" or "tcg": the best that runs a 64-bit guest
 	Type  string // newest versioned machine type, "pc-q35-7.2"
+	TSCHz int64  // TSC frequency of its KVM guests, hertz; 0: unknown
 	CPU   string // default CPU model for guests under Accel; empty: a built-in one
 }
 

@@ -156,10 +156,11 @@ type VMSpec struct {
 	Initrd  *Blob      `json:"initrd,omitempty"`
 	Append  string     `json:"append,omitempty"`
 	UEFI    bool       `json:"uefi,omitempty"`
-	VNC     bool       `json:"vnc,omitempty"` // virtio-gpu with VNC; else no display
-	Machine string     `json:"machine"`       // versioned machine type, e.g. pc-q35-7.2
-	CPU     string     `json:"cpu"`           // QEMU CPU model with flags
-	Accel   string     `json:"accel"`         // "kvm" or "tcg"; both hosts must offer it
+	VNC     bool       `json:"vnc,omitempty"`    // virtio-gpu with VNC; else no display
+	Machine string     `json:"machine"`          // versioned machine type, e.g. pc-q35-7.2
+	CPU     string     `json:"cpu"`              // QEMU CPU model with flags
+	Accel   string     `json:"accel"`            // "kvm" or "tcg"; both hosts must offer it
+	TSCHz   int64      `json:"tsc_hz,omitempty"` // the guest's fixed TSC frequency under kvm, hertz; both hosts need it or TSC scaling
 	FT      FTPolicy   `json:"ft"`
 	Created time.Time  `json:"created"`
 }

@@ -101,12 +101,12 @@ type Firmware struct {
 }
 
 // FromSpec fills in what a VM's specification decides. The caller adds paths,
-// taps, Incoming, Sandbox, QEMU and, for KVM, TSCHz. Disks boot in the order
+// taps, Incoming, Sandbox and QEMU. Disks boot in the order
 // of the specification and export under their own names.
 func FromSpec(s model.VMSpec) Machine {
 	m := Machine{
 		Name: s.Name, UUID: s.UUID, Type: s.Machine, Accel: s.Accel, CPU: s.CPU,
-		VCPUs: s.VCPUs, Memory: s.Memory, FT: s.Level == model.LevelFT, Append: s.Append,
+		VCPUs: s.VCPUs, Memory: s.Memory, FT: s.Level == model.LevelFT, TSCHz: s.TSCHz, Append: s.Append,
 	}
 	for i, d := range s.Disks {
 		m.Disks = append(m.Disks, Disk{ID: d.ID, Export: d.ID, BootIndex: i + 1})

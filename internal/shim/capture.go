@@ -157,6 +157,12 @@ func (p *primary) take(ctx context.Context, c *captured) error {
 	if _, _, c.since = i.waiting(); c.since.IsZero() {
 		c.since = c.at
 	}
+	for _, port := range i.ports() {
+		err := port.Settle(ctx, func(ctx context.Context) error { _, _, err := i.qmp.Status(ctx); return err })
+		if err != nil {
+			return fmt.Errorf("settle input of a character device: %w", err)
+		}
+	}
 	if c.dev, err = i.qmp.SaveDevices(ctx, nil); err != nil {
 		return fmt.Errorf("save device state: %w", err)
 	}

@@ -1,4 +1,4 @@
-package selftest
+package qemu
 
 import (
 	"golang.org/x/sys/unix"
@@ -11,9 +11,9 @@ const (
 	kvmGetTSCKHz  = 0xaea3
 )
 
-// TSCHz returns the TSC frequency that KVM gives its guests on this host, in
+// KVMTSCHz returns the TSC frequency that KVM gives its guests on this host, in
 // hertz, or 0 where KVM cannot tell. Level 3 guests get it as a fixed value.
-func TSCHz() int64 {
+func KVMTSCHz() int64 {
 	kvm, err := unix.Open("/dev/kvm", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return 0
