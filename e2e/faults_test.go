@@ -248,14 +248,16 @@ func TestControlPlane(t *testing.T) {
 // TestPowerLoss takes the power of both hosts at once: every acknowledged line
 // is on the disk afterwards, whichever host returns first, or alone.
 func TestPowerLoss(t *testing.T) {
+	w := Start(t)
+	v := w.CreateVM(VMOptions{})
 	for _, c := range []struct {
 		name  string
 		first int // 0: the primary of before, 1: the secondary
 		alone bool
 	}{{"primary first", 0, false}, {"secondary first", 1, false}, {"only the secondary", 1, true}} {
-		t.Run(c.name, func(t *testing.T) {
-			w := Start(t)
-			v := w.CreateVM(VMOptions{}).Protected()
+		ok := t.Run(c.name, func(t *testing.T) {
+			w := w.sub(t)
+			v := v.in(w).Protected()
 			p := v.Primary()
 			order := []string{p, w.Other(p)}
 			log := v.Log(0)
@@ -281,10 +283,10 @@ func TestPowerLoss(t *testing.T) {
 			}
 			t.Logf("log: %v", r)
 			v.CheckDisks()
-			if !c.alone {
-				v.Protected()
-			}
 		})
+		if !ok {
+			t.Fatalf("%s: the VM is not used any further", c.name)
+		}
 	}
 }
 
