@@ -41,6 +41,7 @@ type shared struct {
 	bin   string
 	guest guest.Guest
 	lab   *lab.Lab
+	vms   int // made so far
 	built bool
 	err   error // of the build: the same for every test
 }

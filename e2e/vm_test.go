@@ -46,7 +46,9 @@ func (w *World) CreateVM(o VMOptions) *VM {
 		host = w.Lab.Hosts()[0]
 	}
 	w.Perdure(host, "vm", "start", v.Name)
-	v.Say("clock")
+	// On a busy machine without KVM a guest takes its time to boot, the more so
+	// when it is protected from its first moment.
+	v.Within(4*time.Minute, "clock")
 	return v
 }
 
@@ -66,8 +68,11 @@ func (w *World) DefineVM(o VMOptions) *VM {
 	if o.Disks == nil {
 		o.Disks = []string{"256M"}
 	}
-	w.vms++
-	v := &VM{w: w, Name: fmt.Sprintf("vm%d", w.vms), IP: fmt.Sprintf("10.77.0.%d", 49+w.vms)}
+	// A name and an address of its own in the whole run: whatever an earlier
+	// test left cannot be taken for this VM.
+	suite.vms++
+	last := 50 + (suite.vms-1)%50
+	v := &VM{w: w, Name: fmt.Sprintf("vm%d", suite.vms), IP: fmt.Sprintf("10.77.0.%d", last)}
 	cidr := []string{v.IP + "/24"}
 	args := []string{"vm", "create", v.Name, "--level", o.Level, "--vcpus", strconv.Itoa(o.VCPUs), "--memory", o.Memory,
 		"--kernel", suite.guest.Kernel, "--initrd", suite.guest.Initrd}
@@ -78,7 +83,7 @@ func (w *World) DefineVM(o VMOptions) *VM {
 		args = append(args, "--net", lab.BridgeName)
 	}
 	if o.NICs > 1 {
-		v.IP1 = fmt.Sprintf("10.79.0.%d", 49+w.vms)
+		v.IP1 = fmt.Sprintf("10.79.0.%d", last)
 		cidr = append(cidr, v.IP1+"/24")
 	}
 	args = append(args, "--append", strings.TrimSpace(guest.AppendFor(cidr...)+" "+o.Append))
@@ -197,7 +202,13 @@ func (v *VM) Say(command string) string {
 // SayLines also returns the lines before the last.
 func (v *VM) SayLines(command string) ([]string, string) {
 	v.w.T.Helper()
-	ctx, cancel := context.WithTimeout(v.w.Ctx, time.Minute)
+	return v.Within(time.Minute, command)
+}
+
+// Within is SayLines with a limit of its own.
+func (v *VM) Within(limit time.Duration, command string) ([]string, string) {
+	v.w.T.Helper()
+	ctx, cancel := context.WithTimeout(v.w.Ctx, limit)
 	defer cancel()
 	o := v.options(guestsvc.PortControl, 0)
 	lines, text, err := client.Control(ctx, o.Dial, o.Addr, command)

@@ -22,7 +22,6 @@ type World struct {
 	Ctx context.Context // ends with the test
 	Lab *lab.Lab
 
-	vms  int
 	apis map[string]*api.Client // by host
 }
 
