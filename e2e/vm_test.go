@@ -68,11 +68,12 @@ func (w *World) DefineVM(o VMOptions) *VM {
 	if o.Disks == nil {
 		o.Disks = []string{"256M"}
 	}
-	// A name and an address of its own in the whole run: whatever an earlier
-	// test left cannot be taken for this VM.
+	// The name is the test's own: vm1, vm2. The address is new in the whole run,
+	// so that no guest that an earlier test left can answer in its place.
+	w.vms++
 	suite.vms++
 	last := 50 + (suite.vms-1)%50
-	v := &VM{w: w, Name: fmt.Sprintf("vm%d", suite.vms), IP: fmt.Sprintf("10.77.0.%d", last)}
+	v := &VM{w: w, Name: fmt.Sprintf("vm%d", w.vms), IP: fmt.Sprintf("10.77.0.%d", last)}
 	cidr := []string{v.IP + "/24"}
 	args := []string{"vm", "create", v.Name, "--level", o.Level, "--vcpus", strconv.Itoa(o.VCPUs), "--memory", o.Memory,
 		"--kernel", suite.guest.Kernel, "--initrd", suite.guest.Initrd}

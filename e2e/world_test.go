@@ -22,6 +22,8 @@ type World struct {
 	Ctx context.Context // ends with the test
 	Lab *lab.Lab
 
+	vms int // made by this test
+
 	apis map[string]*api.Client // by host
 }
 
