@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -128,6 +129,7 @@ func probeAccel(ctx context.Context, path, accel, cpu string) error {
 		"-display", "none", "-no-reboot", "-device", "isa-debug-exit,iobase=0xf4,iosize=1", "-kernel", kernel)
 	cmd.Stderr = &stderr
 	cmd.WaitDelay = time.Second
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // a prober that is killed leaves none behind
 	err = cmd.Run()
 	var exit *exec.ExitError
 	switch {
@@ -202,7 +204,7 @@ func withQEMU(ctx context.Context, path string, m Machine, log string, f func(*Q
 	if err != nil {
 		return err
 	}
-	p, err := Start(ctx, path, args, StartOptions{LogPath: log})
+	p, err := Start(ctx, path, args, StartOptions{LogPath: log, Temporary: true})
 	if err != nil {
 		return err
 	}

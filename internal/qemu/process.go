@@ -31,6 +31,9 @@ type StartOptions struct {
 	OOMScoreAdj int
 	// Dir is the working directory; empty: that of the caller.
 	Dir string
+	// Temporary has the kernel end QEMU when the caller dies: for one that runs
+	// no guest of anybody.
+	Temporary bool
 }
 
 // Process is a QEMU process, started by Start or found again by Adopt.
@@ -87,8 +90,11 @@ func Start(ctx context.Context, path string, args []string, o StartOptions) (_ *
 	pidfd := -1
 	cmd := exec.Command(path, args...)
 	cmd.Stdout, cmd.Stderr, cmd.Dir = log, log, o.Dir
-	// No Pdeathsig: the guest outlives the shim.
+	// No Pdeathsig for a guest: it outlives the shim.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd}
+	if o.Temporary {
+		cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	}
 	if o.LockFile != nil {
 		cmd.ExtraFiles = []*os.File{o.LockFile}
 	}
