@@ -31,6 +31,7 @@ type standby struct {
 	// between takes work that needs the memory to stand still at the boundary of
 	// the epoch that was applied last.
 	between chan func(*whole)
+	trying  sync.Mutex    // held by a trial
 	drain   chan struct{} // closed when nothing will be received any more
 	idle    chan struct{} // closed when the applier has ended
 

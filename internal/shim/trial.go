@@ -41,7 +41,14 @@ var errNoState = errors.New("the standby holds no state to try")
 
 // try loads the newest applied state into a scratch QEMU. Applying waits for
 // the load itself (some tens of milliseconds), not for the scratch QEMU's start.
+// One at a time: two would want the same taps.
 func (st *standby) try() (n model.Epoch, err error) {
+	st.trying.Lock()
+	defer st.trying.Unlock()
+	left, _ := filepath.Glob(filepath.Join(st.s.cfg.Dir, "trial-*")) // by a shim that was killed meanwhile
+	for _, d := range left {
+		os.RemoveAll(d)
+	}
 	dir, err := os.MkdirTemp(st.s.cfg.Dir, "trial-*")
 	if err != nil {
 		return 0, fmt.Errorf("make directory for a trial: %w", err)
@@ -109,7 +116,7 @@ func (st *standby) scratch(ctx context.Context, dir string) (_ *qemu.Process, _ 
 	if err != nil {
 		return nil, nil, done, err
 	}
-	proc, err := qemu.Start(ctx, st.s.cfg.QEMU, args, qemu.StartOptions{LogPath: filepath.Join(dir, "log"), OOMScoreAdj: 500, Dir: dir})
+	proc, err := qemu.Start(ctx, st.s.cfg.QEMU, args, qemu.StartOptions{LogPath: filepath.Join(dir, "log"), OOMScoreAdj: 500, Dir: dir, Temporary: true})
 	if err != nil {
 		return nil, nil, done, err
 	}
