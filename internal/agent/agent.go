@@ -204,6 +204,10 @@ func (a *Agent) listen() error {
 		return fmt.Errorf("open agent: listen for root and shims: %w", err)
 	}
 	a.unix = l
+	// The store listens later, and would end the agent with less to say.
+	if err := checkPorts(a.cfg); err != nil {
+		return err
+	}
 	lan, err := net.Listen("tcp", a.cfg.APIAddr())
 	if err != nil {
 		return api.Errorf(api.Conflict, "cannot listen on %s (lan.address, lan.api_port): %w", a.cfg.APIAddr(), err)

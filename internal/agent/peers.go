@@ -76,7 +76,7 @@ func (a *Agent) peer(host string) (*peerConn, clusterstore.HostView, error) {
 			return c, h, err
 		}
 	}
-	return nil, clusterstore.HostView{}, api.Errorf(api.NotFound, "host %q is not known", host)
+	return nil, clusterstore.HostView{}, api.Errorf(api.NotFound, "there is no host %q", host)
 }
 
 // otherHosts lists the other hosts that run VMs; alive ones only where asked.

@@ -223,6 +223,9 @@ func (a *Agent) setPaused(ctx context.Context, name string, paused bool) error {
 		op, want = shimapi.Op{Op: "pause"}, model.WantPaused
 	}
 	if _, err := a.change(ctx, name, func(rec model.Record) (model.Record, error) {
+		if rec.Mode == model.ModeStopped {
+			return rec, api.Errorf(api.Conflict, "VM %q is stopped", name)
+		}
 		if rec.Wanted == want {
 			return rec, nil
 		}
@@ -241,6 +244,11 @@ func (a *Agent) ProtectVM(ctx context.Context, name string, req api.ProtectVM) e
 	}
 	if v.Spec.Level != model.LevelFT {
 		return api.Errorf(api.Refused, "VM %q is of level %s; only level ft has a second copy", name, v.Spec.Level)
+	}
+	if req.Host != "" {
+		if err := a.checkHost(req.Host); err != nil {
+			return err
+		}
 	}
 	if err := a.store.SetUnprotected(ctx, name, req.Off); err != nil {
 		return storeError(name, err)
@@ -290,7 +298,24 @@ func (a *Agent) chooseSecondary(v clusterstore.VMView, asked string) (string, er
 	return hosts[0], nil
 }
 
+// checkHost refuses a name that is no host's which runs VMs, whatever state the
+// VM is in.
+func (a *Agent) checkHost(name string) error {
+	for _, h := range a.store.Hosts() {
+		if h.Name == name && h.Role != string(config.RoleHost) {
+			return api.Errorf(api.Refused, "%s is a witness and runs no VMs", name)
+		}
+		if h.Name == name {
+			return nil
+		}
+	}
+	return api.Errorf(api.NotFound, "there is no host %q", name)
+}
+
 func (a *Agent) checkSecondary(v clusterstore.VMView, host string) error {
+	if err := a.checkHost(host); err != nil {
+		return err
+	}
 	var own clusterstore.HostView
 	for _, h := range a.store.Hosts() {
 		if h.Name == v.Record.Record.Primary.Host {
@@ -300,9 +325,6 @@ func (a *Agent) checkSecondary(v clusterstore.VMView, host string) error {
 	for _, h := range a.store.Hosts() {
 		if h.Name != host {
 			continue
-		}
-		if h.Role != "host" {
-			return api.Errorf(api.Refused, "%s is a witness and runs no VMs", host)
 		}
 		if why := a.unfit(v, own, h); why != "" {
 			return api.Errorf(api.Refused, "host %s %s", host, why)
@@ -317,6 +339,11 @@ func (a *Agent) SwitchoverVM(ctx context.Context, name string, req api.Switchove
 	v, err := a.find(ctx, name)
 	if err != nil {
 		return err
+	}
+	if req.Host != "" {
+		if err := a.checkHost(req.Host); err != nil {
+			return err
+		}
 	}
 	rec := v.Record.Record
 	if rec.Mode != model.ModeDuplex {
