@@ -256,17 +256,17 @@ func (c *Client) Send(ctx context.Context, req *CreateVM, progress func(file str
 		st, err := os.Stat(f.Path)
 		switch {
 		case err != nil:
-			return Errorf(Invalid, "open file: %w", err)
-		case st.IsDir():
-			return Errorf(Invalid, "file %s is a directory", f.Path)
+			return Errorf(Invalid, "%s: %w", f.what, err)
+		case !st.Mode().IsRegular():
+			return Errorf(Invalid, "%s: %s is not a regular file", f.what, f.Path)
 		}
 		if f.Name == "" {
 			f.Name = filepath.Base(f.Path)
 		}
 		if f.Path, err = filepath.Abs(f.Path); err != nil {
-			return Errorf(Invalid, "find file: %w", err)
+			return Errorf(Invalid, "%s: %w", f.what, err)
 		}
-		todo = append(todo, source{f, st.Size()})
+		todo = append(todo, source{f.File, st.Size()})
 	}
 	if c.Local() {
 		return nil

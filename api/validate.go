@@ -247,17 +247,24 @@ func (r *CreateVM) UsesPaths() bool {
 	return false
 }
 
+// requestFile is a file of a request and what it is for.
+type requestFile struct {
+	*File
+	what string
+}
+
 // files returns every file of the request, for changing them in place.
-func (r *CreateVM) files() []*File {
-	var fs []*File
-	for _, f := range []*File{r.Kernel, r.Initrd} {
-		if f != nil {
-			fs = append(fs, f)
-		}
+func (r *CreateVM) files() []requestFile {
+	var fs []requestFile
+	if r.Kernel != nil {
+		fs = append(fs, requestFile{r.Kernel, "kernel"})
+	}
+	if r.Initrd != nil {
+		fs = append(fs, requestFile{r.Initrd, "initrd"})
 	}
 	for i := range r.Disks {
 		if r.Disks[i].Image != nil {
-			fs = append(fs, r.Disks[i].Image)
+			fs = append(fs, requestFile{r.Disks[i].Image, fmt.Sprintf("image of disk %d", i)})
 		}
 	}
 	return fs

@@ -31,12 +31,9 @@ func (d *diskFlag) Type() string {
 
 func (d *diskFlag) Set(s string) error {
 	if !d.image {
-		n, err := api.ParseSize(s)
+		n, err := parseSize(s)
 		if err != nil {
 			return err
-		}
-		if n == 0 {
-			return fmt.Errorf("size %q: a disk of no size is not allowed", s)
 		}
 		*d.disks = append(*d.disks, api.CreateDisk{Size: n})
 		return nil
@@ -55,7 +52,7 @@ func (d *diskFlag) Set(s string) error {
 		if key == "format" {
 			disk.Format = val
 		} else {
-			n, err := api.ParseSize(val)
+			n, err := parseSize(val)
 			if err != nil {
 				return err
 			}
@@ -96,11 +93,17 @@ type sizeFlag struct{ n *int64 }
 func (s *sizeFlag) String() string { return "" }
 func (s *sizeFlag) Type() string   { return "SIZE" }
 func (s *sizeFlag) Set(v string) (err error) {
-	*s.n, err = api.ParseSize(v)
-	if err == nil && *s.n == 0 {
-		err = fmt.Errorf("size %q: no size is not allowed", v)
-	}
+	*s.n, err = parseSize(v)
 	return err
+}
+
+// parseSize reads a size that was given: none at all would mean the default.
+func parseSize(v string) (int64, error) {
+	n, err := api.ParseSize(v)
+	if err == nil && n == 0 {
+		err = fmt.Errorf("size %q is not allowed; it must be above 0", v)
+	}
+	return n, err
 }
 
 var (

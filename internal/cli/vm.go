@@ -356,7 +356,7 @@ func (a *app) vmWaitCommand() *cobra.Command {
 			return err
 		}
 		if !r.Met {
-			return timedOut(r.VM, args[0], "to have "+cond, timeout)
+			return timedOut(r.VM, args[0], "to be "+cond, timeout)
 		}
 		if a.machine() {
 			return a.printValue(r.VM)
