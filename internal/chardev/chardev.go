@@ -475,3 +475,7 @@ func (p *Port) History() []byte {
 	defer p.mu.Unlock()
 	return p.history.bytes()
 }
+
+// Quiet reports, after Hold, that QEMU has read all input: Settle has nothing
+// to do then.
+func (p *Port) Quiet() bool { return p.unread() == 0 }

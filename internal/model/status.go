@@ -25,13 +25,23 @@ type Quantiles struct {
 
 // CheckpointStats is what a primary knows of its recent checkpoints.
 type CheckpointStats struct {
-	Count         uint64    `json:"count"`
-	IntervalMS    float64   `json:"interval_ms"` // mean distance of recent checkpoints
-	PauseMS       Quantiles `json:"pause_ms"`
-	DirtyPages    Quantiles `json:"dirty_pages"`
-	TransferBytes Quantiles `json:"transfer_bytes"`
-	HeldOutputMS  Quantiles `json:"held_output_ms"`
-	TimeLostMS    float64   `json:"time_lost_ms"` // guest virtual time lost to pauses since it was protected
+	Count         uint64      `json:"count"`
+	IntervalMS    float64     `json:"interval_ms"` // mean distance of recent checkpoints
+	PauseMS       Quantiles   `json:"pause_ms"`
+	DirtyPages    Quantiles   `json:"dirty_pages"`
+	TransferBytes Quantiles   `json:"transfer_bytes"`
+	HeldOutputMS  Quantiles   `json:"held_output_ms"`
+	Phases        PausePhases `json:"phases_ms"`
+	TimeLostMS    float64     `json:"time_lost_ms"` // guest virtual time lost to pauses since it was protected
+}
+
+// PausePhases says where the pause of a checkpoint goes, medians in milliseconds.
+type PausePhases struct {
+	Stop  float64 `json:"stop"`  // until the CPUs stand still and the disks are drained
+	Save  float64 `json:"save"`  // devices and CPUs
+	Flush float64 `json:"flush"` // dirty memory
+	Rest  float64 `json:"rest"`  // held output, disk writes, audit
+	Cont  float64 `json:"cont"`
 }
 
 // Severity of a problem.

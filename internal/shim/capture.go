@@ -12,6 +12,7 @@ import (
 	"perdure/internal/guestmem"
 	"perdure/internal/model"
 	"perdure/internal/netbuf"
+	"perdure/internal/qemu"
 )
 
 // captured is one epoch as the primary holds it until its output has left.
@@ -30,11 +31,17 @@ type captured struct {
 	held    int64
 	guestNS int64
 
+	phase phases
+	mark  time.Time // end of the last phase
+
 	committed bool // its disk writes are applied in place; one goroutine at a time
 
 	persisted chan struct{} // closed when its disk writes are in the local journal, durable as far as flushed
 	released  chan struct{} // closed when its output has left
 }
+
+// phases says where the pause went.
+type phases struct{ stop, save, flush, rest, cont time.Duration }
 
 // pageHash is one audited page.
 type pageHash struct {
@@ -42,8 +49,9 @@ type pageHash struct {
 	Hash uint64
 }
 
-// Audited pages of each epoch: some that changed, some from anywhere.
+// Audited pages: some that changed, some from anywhere, of every so many epochs.
 const (
+	auditEvery   = 8
 	auditChanged = 4
 	auditRandom  = 4
 )
@@ -91,9 +99,9 @@ func (p *primary) capture(flags uint32, stay bool, stopped func() error) (c *cap
 	for _, v := range p.inst.vols {
 		v.BeginStop()
 	}
-	c = &captured{flags: flags, at: time.Now(), persisted: make(chan struct{}), released: make(chan struct{})}
+	c = &captured{flags: flags, at: time.Now(), mark: time.Now(), persisted: make(chan struct{}), released: make(chan struct{})}
 	start := bootNow()
-	st, err := p.stop()
+	st, err := p.stopAndSave(ctx, c)
 	if err != nil {
 		return nil, err
 	}
@@ -104,6 +112,9 @@ func (p *primary) capture(flags uint32, stay bool, stopped func() error) (c *cap
 	}
 	if !st.WasRunning {
 		p.stands(st.Status)
+		if p.isFaulted() {
+			c.flags |= flagFault
+		}
 	}
 	if err := p.take(ctx, c); err != nil {
 		return nil, errors.Join(err, p.contUnless(stay || !st.WasRunning))
@@ -111,12 +122,60 @@ func (p *primary) capture(flags uint32, stay bool, stopped func() error) (c *cap
 	if err := p.contUnless(stay || !st.WasRunning); err != nil {
 		return nil, err
 	}
+	c.lap(&c.phase.cont)
 	c.done = time.Now()
 	c.guestNS = int64(p.inst.guestTime())
 	p.lastPages = c.pages.Pages()
 	p.pacer.Captured(start, bootNow())
-	p.s.stats.captured(c.at, c.done.Sub(c.at), c.pages.Pages())
+	p.s.stats.captured(c)
 	return c, nil
+}
+
+// stopAndSave stops the guest and saves its devices. QEMU is told both at once
+// unless input was left unread at the stop, which must be settled in between.
+func (p *primary) stopAndSave(ctx context.Context, c *captured) (st qemu.Stopped, err error) {
+	q := p.inst.qmp
+	for _, port := range p.inst.ports() {
+		if !port.Quiet() {
+			if st, err = p.stop(); err != nil {
+				return st, err
+			}
+			c.lap(&c.phase.stop)
+			return st, p.settleAndSave(ctx, c)
+		}
+	}
+	st, c.dev, err = q.StopAndSave(ctx, nil, func(qemu.Stopped) error {
+		p.inst.noteRunning(false)
+		c.lap(&c.phase.stop)
+		return nil
+	})
+	if err == nil && c.dev == nil { // it stood still already
+		c.dev, err = q.SaveDevices(ctx, nil)
+	}
+	c.lap(&c.phase.save)
+	return st, err
+}
+
+// settleAndSave makes sure that QEMU reads no input any more, then saves.
+func (p *primary) settleAndSave(ctx context.Context, c *captured) error {
+	for _, port := range p.inst.ports() {
+		err := port.Settle(ctx, func(ctx context.Context) error { _, _, err := p.inst.qmp.Status(ctx); return err })
+		if err != nil {
+			return fmt.Errorf("settle input of a character device: %w", err)
+		}
+	}
+	var err error
+	if c.dev, err = p.inst.qmp.SaveDevices(ctx, nil); err != nil {
+		return fmt.Errorf("save device state: %w", err)
+	}
+	c.lap(&c.phase.save)
+	return nil
+}
+
+// lap notes how long a phase took that ends now.
+func (c *captured) lap(d *time.Duration) {
+	now := time.Now()
+	*d, c.mark = now.Sub(c.mark), now
 }
 
 // contUnless lets the guest run on, unless something else made it stand still.
@@ -157,21 +216,13 @@ func (p *primary) take(ctx context.Context, c *captured) error {
 	if _, _, c.since = i.waiting(); c.since.IsZero() {
 		c.since = c.at
 	}
-	for _, port := range i.ports() {
-		err := port.Settle(ctx, func(ctx context.Context) error { _, _, err := i.qmp.Status(ctx); return err })
-		if err != nil {
-			return fmt.Errorf("settle input of a character device: %w", err)
-		}
-	}
-	if c.dev, err = i.qmp.SaveDevices(ctx, nil); err != nil {
-		return fmt.Errorf("save device state: %w", err)
-	}
 	if err := i.ram.Flush(); err != nil {
 		return fmt.Errorf("collect memory: %w", err)
 	}
 	if c.pages, err = i.ram.Cut(); err != nil {
 		return fmt.Errorf("collect memory: %w", err)
 	}
+	c.lap(&c.phase.flush)
 	for _, d := range i.nics {
 		f, err := d.Drain(ctx)
 		if err != nil {
@@ -188,13 +239,16 @@ func (p *primary) take(ctx context.Context, c *captured) error {
 	for _, v := range i.vols {
 		c.disks = append(c.disks, v.Cut())
 	}
-	if c.audit, err = p.auditPages(c.pages); err != nil {
-		return fmt.Errorf("audit memory: %w", err)
-	}
 	p.mu.Lock()
 	p.last++
 	c.epoch = p.last
 	p.mu.Unlock()
+	if c.epoch%auditEvery == 0 || c.flags&flagSync != 0 {
+		if c.audit, err = p.auditPages(c.pages); err != nil {
+			return fmt.Errorf("audit memory: %w", err)
+		}
+	}
+	c.lap(&c.phase.rest)
 	return nil
 }
 

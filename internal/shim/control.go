@@ -26,6 +26,7 @@ func newControl(s *Shim) *control {
 	mux.HandleFunc("GET /v1/status", c.status)
 	mux.HandleFunc("POST /v1/op", c.op)
 	mux.HandleFunc("GET /v1/console", c.console)
+	mux.HandleFunc("GET /v1/agent", c.agent)
 	c.srv = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
 	return c
 }
@@ -72,6 +73,16 @@ func (c *control) op(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "application/json")
 	json.NewEncoder(w).Encode(res)
+}
+
+// agent connects to the guest-agent port. All who do share it.
+func (c *control) agent(w http.ResponseWriter, r *http.Request) {
+	conn, err := shimapi.AcceptUpgrade(w, r)
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	c.shim.attachAgent(conn)
 }
 
 func (c *control) console(w http.ResponseWriter, r *http.Request) {

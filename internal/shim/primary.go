@@ -372,8 +372,31 @@ func (p *primary) fault(code, text string) {
 	p.standing = text
 	p.inst.noteRunning(false)
 	p.setState(model.StateFault)
+	if p.held {
+		// The secondary must know, and what the guest said at last must leave. If
+		// the pair is being given up, leaving it does both.
+		p.checkpoint(flagFault, true)
+	}
 	p.s.tl.problem(model.Problem{Code: code, Severity: model.Critical, Text: text,
 		Action: "look at the console, then perdure vm resume, or vm kill and vm start"})
+}
+
+// faulted is run for a guest that stood still by itself where it comes from:
+// nobody but a person lets it go on.
+func (p *primary) faulted() {
+	p.do(func() {
+		p.standing = "it stood still by a panic or an I/O error before it came here"
+		p.setState(model.StateFault)
+		p.s.tl.problem(model.Problem{Code: "guest-fault", Severity: model.Critical,
+			Text:   "the guest stood still by a panic or an I/O error on its last host, and does so here",
+			Action: "look at the console and the events, then perdure vm resume, or vm kill and vm start"})
+	})
+}
+
+func (p *primary) isFaulted() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.state == model.StateFault
 }
 
 // stands interprets a stop that found the guest stopped already.
@@ -536,7 +559,7 @@ func (p *primary) unpause() error {
 	if err := p.resume(); err != nil {
 		return err
 	}
-	for _, code := range []string{"guest-panic", "disk-error", "watchdog"} {
+	for _, code := range []string{"guest-panic", "disk-error", "watchdog", "guest-fault"} {
 		p.s.tl.solved(code)
 	}
 	p.s.tl.add("resumed", 0, 0, "resumed by a person")

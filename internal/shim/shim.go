@@ -314,6 +314,18 @@ func (s *Shim) Status() shimapi.Status {
 	return st
 }
 
+// attachAgent serves one client of the guest-agent port until it goes or the
+// shim ends. Answers leave when their epoch has committed.
+func (s *Shim) attachAgent(rw io.ReadWriteCloser) {
+	p := s.primary()
+	if p == nil || p.inst.gagent == nil {
+		return
+	}
+	if err := p.inst.gagent.Attach(s.ctx, rw, false); err != nil && s.ctx.Err() == nil {
+		s.log.Info("guest-agent client left", "error", err)
+	}
+}
+
 // attachConsole serves one console client until it goes or the shim ends.
 func (s *Shim) attachConsole(rw io.ReadWriteCloser) {
 	s.mu.Lock()

@@ -31,23 +31,27 @@ type checkpointStats struct {
 	mu                                     sync.Mutex
 	interval, pause, pages, bytes, heldFor window
 	count                                  uint64
+	phase                                  [5]window
 	lost                                   time.Duration
 	last                                   time.Time
 }
 
-// captured notes one checkpoint: when its pause began, how long it was, and
-// how many pages it carries.
-func (c *checkpointStats) captured(at time.Time, pause time.Duration, pages int) {
+// captured notes one checkpoint.
+func (c *checkpointStats) captured(e *captured) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.last.IsZero() {
-		c.interval.add(ms(at.Sub(c.last)))
+		c.interval.add(ms(e.at.Sub(c.last)))
 	}
-	c.last = at
+	pause := e.done.Sub(e.at)
+	c.last = e.at
 	c.count++
 	c.lost += pause
 	c.pause.add(ms(pause))
-	c.pages.add(float64(pages))
+	c.pages.add(float64(e.pages.Pages()))
+	for n, d := range []time.Duration{e.phase.stop, e.phase.save, e.phase.flush, e.phase.rest, e.phase.cont} {
+		c.phase[n].add(ms(d))
+	}
 }
 
 func (c *checkpointStats) transferred(bytes int) {
@@ -71,6 +75,8 @@ func (c *checkpointStats) snapshot() model.CheckpointStats {
 		PauseMS: c.pause.quantiles(), DirtyPages: c.pages.quantiles(),
 		TransferBytes: c.bytes.quantiles(), HeldOutputMS: c.heldFor.quantiles(),
 		TimeLostMS: ms(c.lost),
+		Phases: model.PausePhases{Stop: c.phase[0].quantiles().P50, Save: c.phase[1].quantiles().P50, Flush: c.phase[2].quantiles().P50,
+			Rest: c.phase[3].quantiles().P50, Cont: c.phase[4].quantiles().P50},
 	}
 }
 

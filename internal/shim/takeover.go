@@ -63,8 +63,11 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 		}
 		p.kept = append(p.kept, f)
 	}
-	paused := a.Paused || c.flags&flagPaused != 0
-	p.run(paused)
+	if c.flags&flagFault != 0 {
+		p.faulted()
+	} else {
+		p.run(a.Paused || c.flags&flagPaused != 0)
+	}
 	s.tl.add("takeover", c.epoch, time.Since(start), "the VM goes on here as of epoch %d (applied in %.1f ms, loaded and running in %.1f ms)",
 		c.epoch, ms(applied.Sub(start)), ms(time.Since(applied)))
 	p.announce(announceFor)

@@ -158,5 +158,12 @@ func (s *ShimClient) Console(ctx context.Context) (net.Conn, error) {
 	return Upgrade(ctx, "unix", s.socket, "/v1/console")
 }
 
+// Agent opens the guest-agent port: a raw stream in both directions, shared
+// with all others who opened it. It ends at once where this shim does not run
+// the guest. The caller closes it.
+func (s *ShimClient) Agent(ctx context.Context) (net.Conn, error) {
+	return Upgrade(ctx, "unix", s.socket, "/v1/agent")
+}
+
 // Close drops idle connections.
 func (s *ShimClient) Close() { s.c.CloseIdleConnections() }
