@@ -112,7 +112,9 @@ func (p *primary) capture(flags uint32, stay bool, stopped func() error) (c *cap
 	}
 	if !st.WasRunning {
 		p.stands(st.Status)
-		if p.isFaulted() {
+		if st.Status == qemu.StatusShutdown {
+			c.flags |= flagOff
+		} else if p.isFaulted() {
 			c.flags |= flagFault
 		}
 	}

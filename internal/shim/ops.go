@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"perdure/internal/authority"
+	"perdure/internal/hostnet"
 	"perdure/internal/model"
 	"perdure/internal/shimapi"
 )
@@ -110,13 +111,13 @@ func (p *primary) announce(d time.Duration) {
 				if n >= len(p.inst.nics) {
 					break
 				}
-				frame, err := rarp(nic.MAC)
+				mac, err := net.ParseMAC(nic.MAC)
 				if err != nil {
 					p.s.log.Error("announce", "nic", nic.ID, "error", err)
 					return
 				}
 				p.relMu.Lock()
-				_, err = p.s.gate.whileOpen(func() error { return p.inst.nics[n].Inject(p.ctx, frame) })
+				_, err = p.s.gate.whileOpen(func() error { return p.inst.nics[n].Inject(p.ctx, rarp(mac)) })
 				p.relMu.Unlock()
 				if err != nil && p.ctx.Err() == nil {
 					p.s.log.Warn("announce", "nic", nic.ID, "error", err)
@@ -127,13 +128,23 @@ func (p *primary) announce(d time.Duration) {
 	})
 }
 
+// turnSwitches makes the switches send the VM's frames here already, while the
+// guest is still being loaded: they wait in its taps.
+func (s *Shim) turnSwitches() {
+	for n, nic := range s.cfg.Spec.NICs {
+		mac, err := net.ParseMAC(nic.MAC)
+		if err == nil {
+			err = hostnet.Attract(hostnet.TapName(s.cfg.Spec.UUID, n), nic.Bridge, mac, rarp(mac))
+		}
+		if err != nil {
+			s.log.Warn("turn the switches", "nic", nic.ID, "error", err)
+		}
+	}
+}
+
 // rarp builds the announcement that QEMU itself sends after a migration: a
 // reverse ARP request (RFC 903) from and for the card's own address.
-func rarp(mac string) ([]byte, error) {
-	hw, err := net.ParseMAC(mac)
-	if err != nil {
-		return nil, fmt.Errorf("parse hardware address: %w", err)
-	}
+func rarp(hw net.HardwareAddr) []byte {
 	f := make([]byte, 60)
 	copy(f, []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff})
 	copy(f[6:], hw)
@@ -144,7 +155,7 @@ func rarp(mac string) ([]byte, error) {
 	binary.BigEndian.PutUint16(f[20:], 3) // request reverse
 	copy(f[22:], hw)
 	copy(f[32:], hw)
-	return f, nil
+	return f
 }
 
 // short abbreviates a run id for people.

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -30,8 +32,8 @@ type pair struct {
 	enc    *guestmem.Encoder
 
 	sendQ chan *captured
-	acts  chan epoch.Action // commits and releases, in order
-	gate  chan struct{}     // something about the gate changed
+	poke  chan struct{} // something was queued for the committer
+	gate  chan struct{} // something about the gate changed
 
 	flushed chan struct{} // the secondary's copy is durable
 
@@ -39,7 +41,8 @@ type pair struct {
 	sess     *peer.Session
 	peerRun  model.RunID
 	books    *epoch.Primary
-	flights  map[model.Epoch]*captured
+	flights  map[model.Epoch]*captured // captured, and output not left yet
+	acts     []epoch.Action            // commits and releases for the committer, in order
 	caught   bool
 	lost     bool
 	left     bool // settled by the runner: the committer does nothing any more
@@ -52,7 +55,7 @@ type pair struct {
 
 func newPair(p *primary, host string, term model.Term) *pair {
 	pr := &pair{p: p, host: host, term: term, begun: time.Now(), enc: guestmem.NewEncoder(guestmem.EncoderConfig{SkipUnchanged: true, Size: p.s.cfg.Spec.Memory}),
-		sendQ: make(chan *captured, 2*epoch.MaxInFlight), acts: make(chan epoch.Action, 64), gate: make(chan struct{}, 1), flushed: make(chan struct{}, 1),
+		sendQ: make(chan *captured, 2*epoch.MaxInFlight), poke: make(chan struct{}, 1), gate: make(chan struct{}, 1), flushed: make(chan struct{}, 1),
 		flights: map[model.Epoch]*captured{}, slow: epoch.NewSlowWatch(2*time.Second, 5*time.Second)}
 	pr.ctx, pr.cancel = context.WithCancel(p.ctx)
 	return pr
@@ -101,13 +104,35 @@ func (pr *pair) caughtUp() bool {
 func (pr *pair) inFlight() int {
 	pr.mu.Lock()
 	defer pr.mu.Unlock()
-	return pr.books.InFlight()
+	// Epochs that are acknowledged but have not left count too, beyond a few:
+	// a gate that does not open must not let them pile up.
+	return max(pr.books.InFlight(), len(pr.flights)-maxUnreleased)
+}
+
+// maxUnreleased is how many acknowledged epochs may wait for the gate before
+// they hold back further captures as unacknowledged ones do.
+const maxUnreleased = 4
+
+// unreleased is how many captured epochs have not left yet.
+func (pr *pair) unreleased() int {
+	pr.mu.Lock()
+	defer pr.mu.Unlock()
+	return len(pr.flights)
+}
+
+func (pr *pair) isLeft() bool {
+	pr.mu.Lock()
+	defer pr.mu.Unlock()
+	return pr.left
 }
 
 // watchLost tells the authority once when the session is gone.
 func (pr *pair) watchLost() {
 	select {
 	case <-pr.sess.Lost():
+		if pr.isLeft() {
+			return
+		}
 		pr.markLost()
 		pr.p.s.tl.add("peer-lost", 0, 0, "secondary on host %s: %v", pr.host, pr.sess.Cause())
 		pr.p.s.post(authority.EvPeerLost{})
@@ -153,6 +178,9 @@ func (pr *pair) receive() {
 
 // onUrgent is called from the goroutines that read links.
 func (pr *pair) onUrgent(kind uint8, payload []byte) {
+	if pr.isLeft() {
+		return // a word of a pair that is past
+	}
 	s := pr.p.s
 	switch kind {
 	case urgentAck:
@@ -183,7 +211,7 @@ func (pr *pair) onUrgent(kind uint8, payload []byte) {
 // question was sent, and all epochs up to b.Epoch.
 func (pr *pair) onAck(b beat) {
 	pr.mu.Lock()
-	if pr.books == nil || pr.lost || model.Term(b.Term) != pr.term || b.Run.id() != pr.peerRun {
+	if pr.books == nil || pr.lost || pr.left || model.Term(b.Term) != pr.term || b.Run.id() != pr.peerRun {
 		pr.mu.Unlock()
 		return
 	}
@@ -197,7 +225,7 @@ func (pr *pair) onAck(b beat) {
 		if err == nil {
 			acts = append(acts, a...)
 			if c := pr.flights[n]; c != nil {
-				pr.p.pacer.Committed(time.Since(c.done))
+				pr.p.latency.Store(int64(time.Since(c.done)))
 			}
 		}
 	}
@@ -212,12 +240,27 @@ func (pr *pair) onAck(b beat) {
 	}
 }
 
-// enqueue hands commits and releases to the committer, under mu so that their
-// order is kept. The channel holds more than can ever be in flight.
+// enqueue hands commits and releases to the committer. mu is held.
 func (pr *pair) enqueue(acts []epoch.Action) {
-	for _, a := range acts {
-		pr.acts <- a
+	if len(acts) == 0 {
+		return
 	}
+	pr.acts = append(pr.acts, acts...)
+	select {
+	case pr.poke <- struct{}{}:
+	default:
+	}
+}
+
+// dequeue takes the oldest of what waits for the committer.
+func (pr *pair) dequeue() (a epoch.Action, c *captured, ok bool) {
+	pr.mu.Lock()
+	defer pr.mu.Unlock()
+	if len(pr.acts) == 0 || pr.left {
+		return a, nil, false
+	}
+	a, pr.acts = pr.acts[0], pr.acts[1:]
+	return a, pr.flights[a.Epoch], true
 }
 
 func (pr *pair) gateChanged() {
@@ -233,12 +276,8 @@ func (pr *pair) beat() {
 	pr.mu.Lock()
 	sess, lost := pr.sess, pr.lost
 	var oldest time.Duration
-	if pr.books != nil && pr.books.InFlight() > 0 {
-		for _, c := range pr.flights {
-			if !c.done.IsZero() {
-				oldest = max(oldest, time.Since(c.done))
-			}
-		}
+	for _, c := range pr.flights {
+		oldest = max(oldest, time.Since(c.done))
 	}
 	slow := pr.slow.Observe(bootNow(), oldest)
 	pr.mu.Unlock()
@@ -278,6 +317,9 @@ func (pr *pair) send(c *captured) {
 // persist makes the disk writes of an epoch durable here, as far as flushed.
 func (pr *pair) persist(c *captured) {
 	if err := pr.p.persistEpoch(c, pr.term, pr.prevPersisted(c)); err != nil {
+		if pr.isLost() || pr.ctx.Err() != nil {
+			return // leaving the pair does it again, and waits for a disk with room
+		}
 		pr.p.guestEnded("disk: " + err.Error())
 		return
 	}
@@ -338,6 +380,7 @@ func (pr *pair) sender() {
 
 // transmit sends one epoch whole. Parts are tallied in the order they are sent.
 func (pr *pair) transmit(c *captured) error {
+	defer c.pages.Release()
 	var tally epoch.Tally
 	var sent int
 	part := func(kind uint8, content ...[]byte) error {
@@ -398,7 +441,6 @@ func (pr *pair) transmit(c *captured) error {
 		return err
 	}
 	pr.p.s.stats.transferred(sent)
-	c.pages.Release()
 	return nil
 }
 
@@ -437,25 +479,26 @@ func boolByte(b bool) uint32 {
 // committer applies disk writes in place and lets output leave, in order.
 func (pr *pair) committer() {
 	for {
-		select {
-		case a := <-pr.acts:
-			pr.mu.Lock()
-			c, left := pr.flights[a.Epoch], pr.left
-			pr.mu.Unlock()
-			if c == nil || left {
+		a, c, ok := pr.dequeue()
+		if !ok {
+			select {
+			case <-pr.poke:
 				continue
+			case <-pr.ctx.Done():
+				return
 			}
-			switch a.Kind {
-			case epoch.Commit:
-				if err := pr.commit(c); err != nil && pr.ctx.Err() == nil {
-					pr.p.guestEnded("disk: " + err.Error())
-					return
-				}
-			case epoch.Release:
-				pr.release(c)
+		}
+		if c == nil {
+			continue
+		}
+		switch a.Kind {
+		case epoch.Commit:
+			if err := pr.commit(c); err != nil && pr.ctx.Err() == nil && !pr.isLost() {
+				pr.p.guestEnded("disk: " + err.Error())
+				return
 			}
-		case <-pr.ctx.Done():
-			return
+		case epoch.Release:
+			pr.release(c)
 		}
 	}
 }
@@ -465,9 +508,12 @@ func (pr *pair) commit(c *captured) error {
 	if c.committed {
 		return nil
 	}
-	c.committed = true
 	select {
 	case <-c.persisted:
+	case <-pr.ctx.Done():
+		if !pr.isLeft() {
+			return pr.ctx.Err()
+		}
 	case <-pr.p.ctx.Done():
 		return pr.p.ctx.Err()
 	}
@@ -479,6 +525,7 @@ func (pr *pair) commit(c *captured) error {
 			return fmt.Errorf("disk %s: %w", pr.p.s.cfg.Spec.Disks[n].ID, err)
 		}
 	}
+	c.committed = true
 	return nil
 }
 
@@ -514,7 +561,7 @@ func (p *primary) letGo(c *captured) bool {
 			if c.flags&flagFinal != 0 {
 				break
 			}
-			if err := p.inst.nics[n].Release(p.ctx, f); err != nil {
+			if err := p.sendFrames(n, f); err != nil {
 				return err
 			}
 		}
@@ -537,12 +584,27 @@ func (p *primary) letGo(c *captured) bool {
 	return true
 }
 
+// sendTimeout is how long QEMU may take to accept output; one that takes longer hangs.
+const sendTimeout = 5 * time.Second
+
+// sendFrames hands released frames to QEMU. One that does not take them is
+// given up: the other host has everything that was acknowledged.
+func (p *primary) sendFrames(nic int, f netbuf.Frames) error {
+	ctx, cancel := context.WithTimeout(p.ctx, sendTimeout)
+	defer cancel()
+	err := p.inst.nics[nic].Release(ctx, f)
+	if errors.Is(err, context.DeadlineExceeded) {
+		p.guestEnded("QEMU does not take its own output: it hangs")
+	}
+	return err
+}
+
 // releaseFrames lets frames by NIC leave; the guest runs.
 func (p *primary) releaseFrames(frames []netbuf.Frames) {
 	for n, f := range frames {
 		for p.ctx.Err() == nil {
 			p.relMu.Lock()
-			open, err := p.s.gate.whileOpen(func() error { return p.inst.nics[n].Release(p.ctx, f) })
+			open, err := p.s.gate.whileOpen(func() error { return p.sendFrames(n, f) })
 			p.relMu.Unlock()
 			if err != nil && p.ctx.Err() == nil {
 				p.s.log.Warn("release output", "error", err)
@@ -568,16 +630,20 @@ func (pr *pair) leave() {
 	pr.work.Wait()
 }
 
-// commitAlone commits everything in flight, in order, after simplex was
-// granted. The guest stands still. It returns what is still to be released.
+// commitAlone commits everything that has not left, acknowledged or not, in
+// order, after simplex was granted. The guest stands still and the pair's
+// goroutines have ended. It returns what is still to be released. After an
+// error it may be called again.
 func (pr *pair) commitAlone() ([]*captured, error) {
 	pr.mu.Lock()
-	open := pr.books.Open()
 	pr.books.Alone()
-	pr.mu.Unlock()
 	var flights []*captured
-	for _, n := range open {
-		c := pr.flights[n]
+	for _, n := range slices.Sorted(maps.Keys(pr.flights)) {
+		flights = append(flights, pr.flights[n])
+	}
+	pr.mu.Unlock()
+	for _, c := range flights {
+		c.pages.Release()
 		select {
 		case <-c.persisted:
 		default:
@@ -589,7 +655,6 @@ func (pr *pair) commitAlone() ([]*captured, error) {
 		if err := pr.commit(c); err != nil {
 			return nil, err
 		}
-		flights = append(flights, c)
 	}
 	return flights, nil
 }

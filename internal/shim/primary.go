@@ -2,9 +2,11 @@ package shim
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"perdure/internal/authority"
@@ -44,19 +46,23 @@ type primary struct {
 	ramMu sync.Mutex
 
 	// Owned by the runner.
-	pair      *pair // the pair being filled or held, nil while alone
-	held      bool  // output and writes are held per epoch
-	standing  string
-	pacer     *epoch.Pacer
-	started   bool
-	lastPages int             // dirty pages of the last epoch
-	kept      []netbuf.Frames // output that leaves as soon as the guest runs: of a hand-over, by NIC
+	pair        *pair // the pair being filled or held, nil while alone
+	held        bool  // output and writes are held per epoch
+	standing    string
+	pacer       *epoch.Pacer
+	started     bool
+	goOn        bool            // leaving a pair: the guest runs again afterwards
+	finalPaused bool            // the guest to be handed over was paused by a person
+	offAsked    bool            // the end of a guest that is off is under way
+	lastPages   int             // dirty pages of the last epoch
+	kept        []netbuf.Frames // output that leaves as soon as the guest runs: of a hand-over, by NIC
 
-	ended sync.Once
-	mu    sync.Mutex // guards what others read
-	state model.RunState
-	cur   *pair
-	last  model.Epoch // newest captured epoch
+	latency atomic.Int64 // commit latency measured last, for the pacer
+	ended   sync.Once
+	mu      sync.Mutex // guards what others read
+	state   model.RunState
+	cur     *pair
+	last    model.Epoch // newest captured epoch
 }
 
 // Why a guest stands still, for primary.standing and people.
@@ -215,16 +221,22 @@ func (p *primary) next() time.Duration {
 		if p.standing != "" && p.standing != standsBound {
 			return time.Hour
 		}
+		if p.pair == nil {
+			return time.Hour // being left; the disks are waited for
+		}
+		if d := p.latency.Swap(0); d > 0 {
+			p.pacer.Committed(time.Duration(d))
+		}
 		_, bytes, since := p.inst.waiting()
 		load := epoch.Load{Now: bootNow(), Waiting: !since.IsZero(), HeldBytes: bytes, DiskBytes: p.inst.diskHeld(),
 			Pages: p.inst.ram.Collected() / guestmem.PageSize, InFlight: p.pair.inFlight()}
 		if p.pair.isLost() {
-			p.boundStop(bytes)
+			p.boundStop(load)
 			return time.Hour
 		}
 		d := p.pacer.Decide(load)
 		if !d.Capture {
-			p.boundStop(bytes)
+			p.boundStop(load)
 			if d.At == epoch.Never {
 				return time.Hour
 			}
@@ -238,17 +250,26 @@ func (p *primary) next() time.Duration {
 	return time.Hour
 }
 
-// boundStop stops a guest whose output nobody takes: the socket is read on, so
-// that QEMU never blocks, and the guest stands still until output may leave.
-func (p *primary) boundStop(bytes int64) {
-	if bytes < heldOutputBound || p.standing != "" {
+// boundStop stops a guest whose output, disk writes or memory nobody takes: the
+// socket is read on, so that QEMU never blocks, and the guest stands still until
+// epochs can commit again.
+func (p *primary) boundStop(l epoch.Load) {
+	if p.standing != "" || l.HeldBytes < heldOutputBound && l.DiskBytes < heldDiskBound && l.Pages*guestmem.PageSize < p.inst.ram.Size()/2 {
 		return
 	}
 	p.relMu.Lock()
 	defer p.relMu.Unlock()
-	if _, err := p.stop(); err != nil {
+	st, err := p.stop()
+	if err != nil {
 		return
 	}
+	if !st.WasRunning {
+		p.stands(st.Status)
+		return
+	}
+	p.s.tl.problem(model.Problem{Code: "held", Severity: model.Critical,
+		Text:   "the guest stands still: what it did waits to be acknowledged by the secondary, or for the cluster to say that it may go on alone",
+		Action: "bring back the secondary's host or a majority of the voters; it goes on by itself"})
 	p.standing = standsBound
 	p.setState(model.StateHeld)
 	p.s.tl.add("held", 0, 0, "guest stopped: %s", standsBound)
@@ -272,6 +293,9 @@ func (p *primary) resume() error {
 	defer cancel()
 	if err := p.inst.qmp.Cont(ctx); err != nil {
 		return fmt.Errorf("continue guest: %w", err)
+	}
+	if p.standing == standsBound {
+		p.s.tl.solved("held")
 	}
 	p.standing = ""
 	p.inst.noteRunning(true)
@@ -303,8 +327,8 @@ func (p *primary) run(paused bool) {
 
 // pass lets out what a guest without a pair has sent.
 func (p *primary) pass() {
-	for _, d := range p.inst.nics {
-		if n, _, _ := d.Waiting(); n == 0 {
+	for n, d := range p.inst.nics {
+		if frames, _, _ := d.Waiting(); frames == 0 {
 			continue
 		}
 		p.relMu.Lock()
@@ -313,7 +337,7 @@ func (p *primary) pass() {
 			if err != nil {
 				return err
 			}
-			return d.Release(p.ctx, f)
+			return p.sendFrames(n, f)
 		})
 		p.relMu.Unlock()
 		if err != nil && p.ctx.Err() == nil {
@@ -356,17 +380,35 @@ func (p *primary) onEvent(ev qemu.Event) {
 	case "GUEST_PANICKED":
 		p.fault("guest-panic", "the guest's kernel panicked")
 	case "BLOCK_IO_ERROR":
-		p.fault("disk-error", "a disk of the guest failed: "+string(ev.Data))
+		if p.held && p.pair != nil && !p.pair.isLost() {
+			// The other host's disk works, and there the request is made again.
+			p.guestEnded("disk of this host: " + string(ev.Data))
+			return
+		}
+		p.fault("disk-error", diskError(ev.Data))
 	case "WATCHDOG":
 		p.fault("watchdog", "the guest's watchdog ran out")
 	}
+}
+
+// diskError puts QEMU's BLOCK_IO_ERROR into words.
+func diskError(data []byte) string {
+	var e struct {
+		Node      string `json:"node-name"`
+		Operation string `json:"operation"`
+		Reason    string `json:"reason"`
+	}
+	if err := json.Unmarshal(data, &e); err != nil || e.Reason == "" {
+		return "a disk of the guest failed: " + string(data)
+	}
+	return fmt.Sprintf("a %s on %s of the guest failed: %s", e.Operation, e.Node, e.Reason)
 }
 
 // fault notes that the guest stands still by itself; the next cont is a person's.
 func (p *primary) fault(code, text string) {
 	ctx, cancel := context.WithTimeout(p.ctx, qmpTimeout)
 	defer cancel()
-	if _, running, err := p.inst.qmp.Status(ctx); err != nil || running {
+	if _, running, err := p.inst.qmp.Status(ctx); err != nil || running || p.isFaulted() {
 		return
 	}
 	p.standing = text
@@ -414,7 +456,7 @@ func (p *primary) stands(status string) {
 // checkpoint captures one epoch and hands it to the sender. With stay the
 // guest is left standing. It returns the epoch, or nil if the pair was given up.
 func (p *primary) checkpoint(flags uint32, stay bool) *captured {
-	if stay && !p.awaitRoom() {
+	if p.pair == nil || stay && !p.awaitRoom() {
 		return nil
 	}
 	c, err := p.capture(flags, stay, nil)
@@ -426,10 +468,12 @@ func (p *primary) checkpoint(flags uint32, stay bool) *captured {
 	return c
 }
 
-// awaitRoom waits until an epoch may be captured: at most two are in flight.
-// It gives up when the pair is lost; the caller's person tries again.
+// awaitRoom waits until all earlier output has left, since a stopped QEMU does
+// not send what it is given; where that takes long, until an epoch may be
+// captured at all. It gives up when the pair is lost; the caller's person tries again.
 func (p *primary) awaitRoom() bool {
-	for p.pair.inFlight() >= epoch.MaxInFlight {
+	patience := time.Now().Add(2 * time.Second)
+	for p.pair.inFlight() >= epoch.MaxInFlight || p.pair.unreleased() > 0 && time.Now().Before(patience) {
 		select {
 		case <-p.wake:
 		case <-time.After(beatInterval):
@@ -457,7 +501,7 @@ func (p *primary) captureFailed(err error) {
 
 // powerOff takes a guest that is off, or shall be, to its recorded end.
 func (p *primary) powerOff() {
-	if p.standing == standsOff {
+	if p.offAsked {
 		return
 	}
 	var c *captured
@@ -482,7 +526,7 @@ func (p *primary) powerOff() {
 			}
 		}
 	}
-	p.standing = standsOff
+	p.standing, p.offAsked = standsOff, true
 	p.setState(model.StateStopped)
 	p.whenReleased(c, func() { p.s.post(authority.EvPoweredOff{}) })
 }
@@ -559,6 +603,9 @@ func (p *primary) unpause() error {
 	if err := p.resume(); err != nil {
 		return err
 	}
+	if p.held {
+		p.checkpoint(0, false) // the secondary must not find it paused
+	}
 	for _, code := range []string{"guest-panic", "disk-error", "watchdog", "guest-fault"} {
 		p.s.tl.solved(code)
 	}
@@ -589,7 +636,12 @@ func (p *primary) switchover() error {
 	if c == nil {
 		return errors.New("the final checkpoint failed; see events")
 	}
-	p.standing = standsFinal
+	if p.standing == standsOff {
+		p.powerOff()
+		return errors.New("the guest has just powered itself off")
+	}
+	p.standing, p.finalPaused = standsFinal, paused
+	p.setState(model.StateHeld)
 	p.kept = c.frames
 	p.s.tl.add("switchover", c.epoch, 0, "final epoch captured, handing over")
 	p.whenReleased(c, func() { p.s.post(authority.EvSwitchedOver{}) })
@@ -668,10 +720,30 @@ func (p *primary) leavePair() {
 		p.inst.ram.SetMode(guestmem.Discard)
 	}
 	if p.held {
-		if err := p.leaveHeld(pr); err != nil {
+		p.leave(pr)
+	}
+}
+
+// leave ends holding. What cannot be written now (a full disk) is tried again:
+// this is the only copy of the VM.
+func (p *primary) leave(pr *pair) {
+	err := p.leaveHeld(pr)
+	if err == nil {
+		p.s.tl.solved("disk-stuck")
+		return
+	}
+	for _, st := range p.inst.stores {
+		if st.Err() != nil {
 			p.guestEnded(err.Error())
 		}
 	}
+	if p.ctx.Err() != nil {
+		return
+	}
+	p.setState(model.StateHeld)
+	p.s.tl.problem(model.Problem{Code: "disk-stuck", Severity: model.Critical, Text: "the guest stands still: " + err.Error(),
+		Action: "make room on this host's disk; it goes on by itself"})
+	time.AfterFunc(time.Second, func() { p.do(func() { p.leave(pr) }) })
 }
 
 // leaveHeld is the end of holding. The guest stands still meanwhile.
@@ -683,6 +755,12 @@ func (p *primary) leaveHeld(pr *pair) error {
 	if err != nil {
 		return err
 	}
+	if !st.WasRunning && p.standing == "" && !p.goOn {
+		p.stands(st.Status)
+	}
+	// A guest that was to be handed over is this side's again.
+	final := p.standing == standsFinal && !p.finalPaused
+	p.goOn = p.goOn || st.WasRunning || p.standing == standsBound || final
 	flights, err := pr.commitAlone()
 	if err != nil {
 		return err
@@ -692,17 +770,26 @@ func (p *primary) leaveHeld(pr *pair) error {
 			return fmt.Errorf("write disk in place: %w", err)
 		}
 	}
-	for _, port := range p.inst.ports() {
-		port.SetHeld(false)
-	}
 	p.held = false
-	if st.WasRunning || p.standing == standsBound {
+	if p.goOn {
+		p.goOn = false
 		if err := p.resume(); err != nil {
 			return err
 		}
+	} else if p.standing == standsFinal {
+		p.standing = standsPaused
+		p.setState(model.StatePaused)
 	}
 	// Only now: a stopped QEMU does not send what it is given.
 	pr.releaseAlone(flights)
+	if final {
+		kept := p.kept
+		p.kept = nil
+		p.releaseFrames(kept)
+	}
+	for _, port := range p.inst.ports() {
+		port.SetHeld(false) // behind the older output
+	}
 	p.pass()
 	p.s.tl.add("simplex", p.lastEpoch(), time.Since(start), "the VM goes on without a secondary")
 	return nil
@@ -740,6 +827,9 @@ func (p *primary) protected() {
 	p.mu.Unlock()
 	if pr != nil {
 		p.s.tl.add("duplex", p.lastEpoch(), time.Since(pr.begun), "protected by host %s", pr.host)
+		for _, code := range []string{"not-protected", "secondary-slow", "pair-unsound"} {
+			p.s.tl.solved(code)
+		}
 	}
 }
 

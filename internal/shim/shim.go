@@ -280,6 +280,15 @@ func (s *Shim) teardown(cause error) {
 		inst.close()
 	}
 	s.work.Wait()
+	s.mu.Lock()
+	late, lateInst := s.prim, s.inst // finished while this was ending
+	s.mu.Unlock()
+	if late != nil {
+		late.close()
+	}
+	if lateInst != nil {
+		lateInst.close()
+	}
 	os.Remove(filepath.Join(s.cfg.Dir, shimapi.PIDFile))
 	os.Remove(filepath.Join(s.cfg.Dir, shimapi.SocketFile))
 	s.lock.Close()

@@ -27,7 +27,10 @@ type standby struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 	ln     *peer.Listener
-	applyQ chan *whole
+	// tryCtx ends all trials: a takeover waits for none.
+	tryCtx   context.Context
+	endTries context.CancelFunc
+	applyQ   chan *whole
 	// between takes work that needs the memory to stand still at the boundary of
 	// the epoch that was applied last.
 	between chan func(*whole)
@@ -35,15 +38,16 @@ type standby struct {
 	drain   chan struct{} // closed when nothing will be received any more
 	idle    chan struct{} // closed when the applier has ended
 
-	mu     sync.Mutex
-	sess   *peer.Session
-	pair   epoch.Pair
-	books  *epoch.Secondary
-	acking bool
-	full   bool
-	epochs map[model.Epoch]*whole // complete, not yet applied; the newest is kept
-	newest *whole
-	primal string // the primary's host
+	mu       sync.Mutex
+	sess     *peer.Session
+	pair     epoch.Pair
+	books    *epoch.Secondary
+	acking   bool
+	full     bool
+	epochs   map[model.Epoch]*whole // complete, not yet applied; the newest is kept
+	newest   *whole
+	applyErr error  // why the applier ended before its time
+	primal   string // the primary's host
 
 	// receiver only
 	cur  *whole
@@ -70,6 +74,7 @@ func (s *Shim) startStandby() {
 		between: make(chan func(*whole)),
 		epochs:  map[model.Epoch]*whole{}}
 	st.ctx, st.cancel = context.WithCancel(s.ctx)
+	st.tryCtx, st.endTries = context.WithCancel(st.ctx)
 	s.mu.Lock()
 	s.stby = st
 	s.mu.Unlock()
@@ -557,11 +562,17 @@ func (st *standby) applier() {
 		select {
 		case c := <-st.applyQ:
 			if err := st.apply(c); err != nil {
+				st.mu.Lock()
+				st.applyErr = err
+				st.mu.Unlock()
 				st.s.post(authority.EvGuestEnded{Reason: fmt.Sprintf("apply epoch %d: %v", c.epoch, err)})
 				return
 			}
 			last = c
 		case job := <-st.between:
+			if st.tryCtx.Err() != nil {
+				last = nil // tells the trial that there is nothing to try any more
+			}
 			job(last)
 		case <-st.drain:
 			if len(st.applyQ) == 0 {

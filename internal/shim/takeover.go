@@ -25,12 +25,37 @@ func (s *Shim) boot() {
 		}
 		return
 	}
+	run := newRun()
+	if err := s.claimReplicas(inst, run); err != nil {
+		inst.close()
+		s.tl.add("start-failed", 0, time.Since(start), "%v", err)
+		s.post(authority.EvGuestEnded{Reason: err.Error()})
+		return
+	}
 	s.mu.Lock()
 	s.inst = inst
 	s.prim = newPrimary(s, inst, 0)
 	s.mu.Unlock()
 	s.tl.add("built", 0, time.Since(start), "QEMU is ready")
-	s.post(authority.EvFilled{Run: newRun()})
+	s.post(authority.EvFilled{Run: run})
+}
+
+// claimReplicas checks that the local replicas are this VM's and whole, and
+// writes the run that starts from them into their own metadata.
+func (s *Shim) claimReplicas(inst *instance, run model.RunID) error {
+	s.mu.Lock()
+	term, branch := s.mode.Term, s.record.Record.Branch
+	s.mu.Unlock()
+	for n, st := range inst.stores {
+		id := s.cfg.Spec.Disks[n].ID
+		if m := st.Meta(); m.VM != s.cfg.Spec.UUID || m.State != model.UpToDate {
+			return fmt.Errorf("start from disk %s: its replica here is %s and belongs to VM %s; UpToDate and %s are needed", id, m.State, m.VM, s.cfg.Spec.UUID)
+		}
+		if err := st.SetMeta(func(m *blockstore.Meta) { m.Term, m.Branch, m.Run = term, branch, run }); err != nil {
+			return fmt.Errorf("mark disk %s: %w", id, err)
+		}
+	}
+	return nil
 }
 
 // takeOver makes the newest complete epoch the live instance. The authority
@@ -41,6 +66,7 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 		s.tl.add("takeover-failed", st.newestEpoch(), time.Since(start), "%v", err)
 		s.post(authority.EvGuestEnded{Reason: "takeover: " + err.Error()})
 	}
+	s.turnSwitches()
 	if err := st.settle(); err != nil {
 		fail(err)
 		return
@@ -63,10 +89,17 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 		}
 		p.kept = append(p.kept, f)
 	}
-	if c.flags&flagFault != 0 {
+	switch {
+	case c.flags&flagOff != 0: // it ended there; here is only left to say so
+		p.do(func() {
+			p.standing, p.offAsked = standsOff, true
+			p.setState(model.StateStopped)
+			s.post(authority.EvPoweredOff{})
+		})
+	case c.flags&flagFault != 0:
 		p.faulted()
-	} else {
-		p.run(a.Paused || c.flags&flagPaused != 0)
+	default:
+		p.run(a.Paused) // the record knows better than the epoch what a person wants
 	}
 	s.tl.add("takeover", c.epoch, time.Since(start), "the VM goes on here as of epoch %d (applied in %.1f ms, loaded and running in %.1f ms)",
 		c.epoch, ms(applied.Sub(start)), ms(time.Since(applied)))
@@ -84,6 +117,7 @@ const announceFor = 5 * time.Second
 // settle ends receiving, waits until everything complete is applied, and makes
 // the disks ready for direct writes.
 func (st *standby) settle() error {
+	st.endTries()
 	st.mu.Lock()
 	acts, err := st.books.Takeover()
 	sess := st.sess
@@ -97,6 +131,12 @@ func (st *standby) settle() error {
 		return err
 	}
 	<-st.idle
+	st.mu.Lock()
+	err = st.applyErr
+	st.mu.Unlock()
+	if err != nil {
+		return err
+	}
 	for len(st.applyQ) > 0 {
 		if err := st.apply(<-st.applyQ); err != nil {
 			return err

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"perdure/internal/authority"
 	"perdure/internal/chardev"
 	"perdure/internal/model"
 	"perdure/internal/qemu"
@@ -21,18 +22,22 @@ const trialInterval = 5 * time.Minute
 // trials tries the standby for as long as it stands by. A failure ends the
 // pair: what cannot be loaded is no protection.
 func (st *standby) trials() {
-	for st.ctx.Err() == nil {
+	for st.tryCtx.Err() == nil {
 		start := time.Now()
 		n, err := st.try()
 		switch {
-		case st.ctx.Err() != nil || errors.Is(err, errNoState):
+		case st.tryCtx.Err() != nil || errors.Is(err, errNoState):
 			return
 		case err != nil:
-			st.alarm("the standby's state cannot be loaded: " + err.Error())
+			// The alarm may be lost, and what cannot be loaded must not count as a
+			// successor for a moment longer.
+			text := "the standby's state cannot be loaded: " + err.Error()
+			st.alarm(text)
+			st.s.post(authority.EvGuestEnded{Reason: text})
 			return
 		}
 		st.s.tl.add("trial", n, time.Since(start), "the state of epoch %d loads in a scratch QEMU", n)
-		sleep(st.ctx, trialInterval)
+		sleep(st.tryCtx, trialInterval)
 	}
 }
 
@@ -54,7 +59,7 @@ func (st *standby) try() (n model.Epoch, err error) {
 		return 0, fmt.Errorf("make directory for a trial: %w", err)
 	}
 	defer os.RemoveAll(dir)
-	ctx, cancel := context.WithTimeout(st.ctx, startTimeout)
+	ctx, cancel := context.WithTimeout(st.tryCtx, startTimeout)
 	defer cancel()
 	proc, q, done, err := st.scratch(ctx, dir)
 	defer done()
