@@ -24,7 +24,7 @@ build:
 
 ## test: everything, with real QEMU in the lab (as root); a test that cannot run is a failure
 test: setup build
-	$(GO) vet ./...
+	$(GO) vet -tags bench,soak ./...
 	PERDURE_TEST_NOSKIP=1 $(GO) test -timeout 15m $(TESTFLAGS) $$($(GO) list ./... | grep -v '/e2e$$')
 	PERDURE_TEST_NOSKIP=1 $(GO) test -p 1 -count 1 -timeout 70m $(TESTFLAGS) ./e2e
 
@@ -35,12 +35,12 @@ test-unit:
 
 ## bench: measure; a table on the terminal and bench/results/*.json (as root)
 bench: setup build
-	PERDURE_TEST_NOSKIP=1 $(GO) test -p 1 -count 1 -timeout 120m -v -run '^TestBench' ./e2e -args -bench-out '$(CURDIR)/bench/results' $(BENCHFLAGS)
+	PERDURE_TEST_NOSKIP=1 $(GO) test -p 1 -count 1 -timeout 120m -v -tags bench -run '^TestBench' ./e2e -args -bench-out '$(CURDIR)/bench/results' $(BENCHFLAGS)
 
 ## soak: long runs and the guest with a real distribution (as root)
 soak: setup build
 	@GO='$(GO)' scripts/setup.sh --soak
-	PERDURE_TEST_NOSKIP=1 $(GO) test -p 1 -count 1 -timeout 12h -v -run '^TestSoak' ./e2e -args -soak $(SOAKFLAGS)
+	PERDURE_TEST_NOSKIP=1 $(GO) test -p 1 -count 1 -timeout 12h -v -tags soak -run '^TestSoak' ./e2e -args -soak $(SOAKFLAGS)
 
 ## lint: golangci-lint of the version named in tools/go.mod
 lint:

@@ -1,3 +1,5 @@
+//go:build bench
+
 package e2e
 
 import (
@@ -63,9 +65,6 @@ func (b *bench) atLeast(name string, v, goal float64, unit, detail string, serie
 // TestBench measures what the table of the README names. Goals that are missed
 // are said, not failed: they depend on the machine.
 func TestBench(t *testing.T) {
-	if *benchOut == "" {
-		t.Skip("make bench runs this")
-	}
 	b := &bench{t: t, res: results{Time: time.Now().UTC()}}
 	defer b.write()
 	for _, part := range []struct {

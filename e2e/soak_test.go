@@ -1,3 +1,5 @@
+//go:build soak
+
 package e2e
 
 import (
@@ -14,9 +16,6 @@ import (
 // client talks to the guest; after each the VM must become protected again by
 // itself. The seed is printed; the same one makes the same faults again.
 func TestSoakRandomFaults(t *testing.T) {
-	if !*soak {
-		t.Skip("make soak runs this")
-	}
 	seed := *soakSeed
 	if seed == 0 {
 		seed = uint64(time.Now().UnixNano())
