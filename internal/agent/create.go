@@ -20,6 +20,11 @@ import (
 	"perdure/internal/vfs"
 )
 
+// forgetWait is how long a host waits for the end of what lives of a deleted VM.
+const forgetWait = 10 * time.Second
+
+var errStillLives = errors.New("something of the VM still lives here")
+
 // probeWait is how long a request waits for the first look at the host's QEMU.
 const probeWait = 20 * time.Second
 
@@ -573,7 +578,7 @@ func (a *Agent) forgetVM(ctx context.Context, name, uuid string) error {
 		case err != nil:
 			return err
 		case !ok:
-			return fmt.Errorf("something of VM %q still lives here", name)
+			return fmt.Errorf("%w: VM %q", errStillLives, name)
 		}
 		defer lock.release()
 		a.events.forget(name)
@@ -582,10 +587,20 @@ func (a *Agent) forgetVM(ctx context.Context, name, uuid string) error {
 		}
 		return nil
 	}
-	if w := a.workerOf(name); w != nil {
-		return w.between(ctx, remove)
+	// A shim needs a moment to end after the record said that the VM is stopped.
+	ctx, cancel := context.WithTimeout(ctx, forgetWait)
+	defer cancel()
+	for {
+		var err error
+		if w := a.workerOf(name); w != nil {
+			err = w.between(ctx, remove)
+		} else {
+			err = remove(ctx)
+		}
+		if !errors.Is(err, errStillLives) || !sleep(ctx, 100*time.Millisecond) {
+			return err
+		}
 	}
-	return remove(ctx)
 }
 
 func sortedKeys[V any](m map[string]V) []string {
