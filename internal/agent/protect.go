@@ -251,6 +251,9 @@ func (a *Agent) prepareSecondary(ctx context.Context, vm string) error {
 	if free := memAvailable(); free > 0 && free < spec.Memory+ftOverhead {
 		return fmt.Errorf("%d MiB of memory are free, the VM needs %d MiB", free>>20, (spec.Memory+ftOverhead)>>20)
 	}
+	if err := checkFUSE(spec); err != nil {
+		return err
+	}
 	for _, n := range spec.NICs {
 		if err := checkBridge(n.Bridge); err != nil {
 			return err
@@ -307,6 +310,22 @@ func diskFree(dir string) (int64, error) {
 		return 0, fmt.Errorf("read free disk space: %w", err)
 	}
 	return int64(st.Bavail) * st.Bsize, nil
+}
+
+// checkFUSE refuses a VM whose memory has to be on FUSE where there is none.
+func checkFUSE(spec model.VMSpec) error {
+	if spec.Level != model.LevelFT {
+		return nil
+	}
+	const dev = "/dev/fuse"
+	var st unix.Stat_t
+	if err := unix.Stat(dev, &st); err != nil {
+		return fmt.Errorf("level ft needs %s: %w (modprobe fuse)", dev, err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFCHR || unix.Major(st.Rdev) != 10 || unix.Minor(st.Rdev) != 229 {
+		return fmt.Errorf("level ft needs %s, and what is there is not the FUSE device (modprobe fuse)", dev)
+	}
+	return nil
 }
 
 func checkBridge(name string) error {

@@ -45,7 +45,7 @@ func (w *worker) start(ctx context.Context, v clusterstore.VMView) {
 	w.starts++
 	w.nextStart = w.started.Add(min(time.Second<<min(w.starts-1, 8), maxStartDelay))
 	if err != nil {
-		w.problem("start-failed", model.Critical, "the shim cannot be started: "+err.Error(), "remove the cause; it is tried again by itself")
+		w.problem("start-failed", model.Critical, "it cannot be started here: "+err.Error(), "remove the cause; it is tried again by itself")
 		return
 	}
 	w.a.event(w.vm, "shim-started", rec.Term, "shim started (pid %d, mode %s)", w.child.pid, rec.Mode)
@@ -54,6 +54,9 @@ func (w *worker) start(ctx context.Context, v clusterstore.VMView) {
 
 // ready puts everything in place that a shim of the VM needs here.
 func (a *Agent) ready(ctx context.Context, spec model.VMSpec, rec model.Record) error {
+	if err := checkFUSE(spec); err != nil {
+		return err
+	}
 	if err := a.ownDir(spec); err != nil {
 		return err
 	}

@@ -80,10 +80,23 @@ func (a *app) waitStart(ctx context.Context, cl *api.Client, name string, timeou
 			return nil
 		case r.VM != nil && r.VM.Mode == model.ModeStopped && r.VM.Wanted == model.WantStopped:
 			return vmFailed(r.VM, "did not start")
+		case r.VM != nil && r.VM.Mode == model.ModeStarting && startFailed(r.VM) != "":
+			return api.Errorf(api.Internal, "VM %s did not start: %s", name, startFailed(r.VM)).
+				WithAction("remove the cause: it is tried again by itself; or give up: perdure vm kill %s", name)
 		case !a.now().Before(end):
 			return timedOut(r.VM, name, "to run", timeout)
 		}
 	}
+}
+
+// startFailed returns why the last try to start a VM failed, or "".
+func startFailed(vm *api.VM) string {
+	for _, p := range vm.Problems {
+		if p.Code == "start-failed" {
+			return p.Text
+		}
+	}
+	return ""
 }
 
 // vmFailed makes an error of the worst problem a VM has.

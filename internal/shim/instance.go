@@ -238,7 +238,11 @@ func (i *instance) start(ctx context.Context, incoming bool, lock *os.File) erro
 	if err != nil {
 		return err
 	}
-	i.proc, err = qemu.Start(ctx, i.cfg.QEMU, args, qemu.StartOptions{LockFile: lock, LogPath: filepath.Join(i.cfg.Dir, "qemu.log"),
+	logPath := filepath.Join(i.cfg.Dir, "qemu.log")
+	if err := os.Rename(logPath, logPath+".1"); err != nil && !errors.Is(err, os.ErrNotExist) { // what it says is quoted
+		return fmt.Errorf("turn QEMU's log over: %w", err)
+	}
+	i.proc, err = qemu.Start(ctx, i.cfg.QEMU, args, qemu.StartOptions{LockFile: lock, LogPath: logPath,
 		PIDFile: filepath.Join(i.cfg.Dir, shimapi.QEMUPID), OOMScoreAdj: -500, Dir: i.cfg.Dir})
 	if err != nil {
 		return err
@@ -246,7 +250,7 @@ func (i *instance) start(ctx context.Context, incoming bool, lock *os.File) erro
 	i.onClose(i.kill)
 	i.qmp, err = qemu.DialQMP(ctx, filepath.Join(i.cfg.Dir, "qmp.sock"), i.proc.LogTail)
 	if err != nil {
-		return fmt.Errorf("%w (QEMU says: %s)", err, i.proc.LogTail(1000))
+		return err
 	}
 	i.onClose(func() { i.qmp.Close() })
 	return nil

@@ -30,6 +30,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -69,6 +70,8 @@ type Shim struct {
 	inst   *instance
 	prim   *primary
 	stby   *standby
+	// startErr is why the memory could not be filled.
+	startErr error
 
 	ctx  context.Context
 	end  context.CancelCauseFunc
@@ -164,10 +167,15 @@ func (s *Shim) Run(ctx context.Context) error {
 	tlStop()
 	<-tlDone
 	var ended errEnded
-	if errors.As(cause, &ended) {
-		return nil
+	if !errors.As(cause, &ended) {
+		return cause
 	}
-	return cause
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.startErr != nil { // one line, for the last of the log
+		return errors.New(strings.Join(strings.Fields(s.startErr.Error()), " "))
+	}
+	return nil
 }
 
 // beatInterval is the distance of heartbeats of the pair and of gate renewals.

@@ -81,7 +81,7 @@ func (s *Shim) startStandby() {
 	st.goWork(func() {
 		if err := st.open(); err != nil && st.ctx.Err() == nil {
 			s.tl.add("standby-failed", 0, 0, "%v", err)
-			s.post(authority.EvGuestEnded{Reason: err.Error()})
+			s.startFailed(err)
 		}
 	})
 }

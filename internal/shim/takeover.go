@@ -20,8 +20,7 @@ func (s *Shim) boot() {
 	if err != nil {
 		if s.ctx.Err() == nil {
 			s.tl.add("start-failed", 0, time.Since(start), "%v", err)
-			s.tl.problem(model.Problem{Code: "start-failed", Severity: model.Critical, Text: err.Error(), Action: "mend what the text names, then perdure vm start"})
-			s.post(authority.EvGuestEnded{Reason: err.Error()})
+			s.startFailed(err)
 		}
 		return
 	}
@@ -29,7 +28,7 @@ func (s *Shim) boot() {
 	if err := s.claimReplicas(inst, run); err != nil {
 		inst.close()
 		s.tl.add("start-failed", 0, time.Since(start), "%v", err)
-		s.post(authority.EvGuestEnded{Reason: err.Error()})
+		s.startFailed(err)
 		return
 	}
 	s.mu.Lock()
@@ -56,6 +55,15 @@ func (s *Shim) claimReplicas(inst *instance, run model.RunID) error {
 		}
 	}
 	return nil
+}
+
+// startFailed ends a shim that could not fill its memory, with the error that
+// its agent then shows as the VM's problem.
+func (s *Shim) startFailed(err error) {
+	s.mu.Lock()
+	s.startErr = err
+	s.mu.Unlock()
+	s.post(authority.EvGuestEnded{Reason: err.Error()})
 }
 
 // takeOver makes the newest complete epoch the live instance. The authority
