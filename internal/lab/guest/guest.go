@@ -36,7 +36,7 @@ const (
 const Append = "console=ttyS0 quiet panic=0 tsc=reliable"
 
 // modules the guest loads; those ending in "?" are left out where the kernel has none.
-var modules = []string{"virtio_pci", "virtio_net", "virtio_blk", "virtio_rng?", "virtio_console", "ext4", "crc32c_generic?", "button?", "evdev?", "pvpanic_pci?", "virtio_gpu?"}
+var modules = []string{"virtio_pci", "virtio_net", "virtio_blk", "virtio_rng?", "virtio_console", "ext4", "crc32c_generic?", "button?", "evdev?", "pvpanic_mmio?", "pvpanic_pci?", "virtio_gpu?"}
 
 // Options of Build.
 type Options struct {
