@@ -194,14 +194,14 @@ func (p *primary) fault(code, text string) {
 	}
 	p.standing = text
 	p.inst.noteRunning(false)
+	p.s.tl.problem(model.Problem{Code: code, Severity: model.Critical, Text: text,
+		Action: "look at the console, then perdure vm resume, or vm kill and vm start"})
 	p.setState(model.StateFault)
 	if p.held {
 		// The secondary must know, and what the guest said at last must leave. If
 		// the pair is being given up, leaving it does both.
 		p.checkpoint(flagFault, true)
 	}
-	p.s.tl.problem(model.Problem{Code: code, Severity: model.Critical, Text: text,
-		Action: "look at the console, then perdure vm resume, or vm kill and vm start"})
 }
 
 // faulted is run for a guest that stood still by itself where it comes from:
