@@ -51,6 +51,8 @@ type primary struct {
 	standing    string
 	pacer       *epoch.Pacer
 	started     bool
+	boundSince  time.Time       // standsBound: since when
+	boundTold   bool            // and whether people were told
 	goOn        bool            // leaving a pair: the guest runs again afterwards
 	finalPaused bool            // the guest to be handed over was paused by a person
 	offAsked    bool            // the end of a guest that is off is under way
@@ -254,6 +256,7 @@ func (p *primary) next() time.Duration {
 // socket is read on, so that QEMU never blocks, and the guest stands still until
 // epochs can commit again.
 func (p *primary) boundStop(l epoch.Load) {
+	p.tellBound()
 	if p.standing != "" || l.HeldBytes < heldOutputBound && l.DiskBytes < heldDiskBound && l.Pages*guestmem.PageSize < p.inst.ram.Size()/2 {
 		return
 	}
@@ -267,12 +270,21 @@ func (p *primary) boundStop(l epoch.Load) {
 		p.stands(st.Status)
 		return
 	}
+	p.standing, p.boundSince, p.boundTold = standsBound, time.Now(), false
+	p.setState(model.StateHeld)
+}
+
+// tellBound says so when the guest has stood still at a bound for long: a busy
+// guest meets its bounds many times a second.
+func (p *primary) tellBound() {
+	if p.standing != standsBound || p.boundTold || time.Since(p.boundSince) < time.Second {
+		return
+	}
+	p.boundTold = true
+	p.s.tl.add("held", p.lastEpoch(), time.Since(p.boundSince), "guest stopped: %s", standsBound)
 	p.s.tl.problem(model.Problem{Code: "held", Severity: model.Critical,
 		Text:   "the guest stands still: what it did waits to be acknowledged by the secondary, or for the cluster to say that it may go on alone",
 		Action: "bring back the secondary's host or a majority of the voters; it goes on by itself"})
-	p.standing = standsBound
-	p.setState(model.StateHeld)
-	p.s.tl.add("held", 0, 0, "guest stopped: %s", standsBound)
 }
 
 // stop is QMP's stop with the account of guest time.
@@ -294,7 +306,7 @@ func (p *primary) resume() error {
 	if err := p.inst.qmp.Cont(ctx); err != nil {
 		return fmt.Errorf("continue guest: %w", err)
 	}
-	if p.standing == standsBound {
+	if p.standing == standsBound && p.boundTold {
 		p.s.tl.solved("held")
 	}
 	p.standing = ""
