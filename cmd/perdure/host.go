@@ -44,7 +44,7 @@ func runWitness(ctx context.Context, o cli.WitnessOptions) error {
 
 func runAgent(ctx context.Context, o cli.AgentOptions) error {
 	log := logger(o.Log)
-	a, err := agent.Open(ctx, o.StateDir, agent.Options{Log: log, Version: version, Probe: probeMachine,
+	a, err := agent.Open(ctx, o.StateDir, agent.Options{Log: log, Version: version, Probe: probeMachine, Prove: proveTracking,
 		API: func(a *agent.Agent) http.Handler {
 			return httpapi.New(httpapi.Options{Service: a, Version: version, Log: log}).Handler()
 		}})

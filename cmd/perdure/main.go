@@ -36,6 +36,8 @@ func run() int {
 			return lab.InitMain(os.Args[2:])
 		case "flusher":
 			return guestmem.HelperMain(os.Args[2:])
+		case proveWord:
+			return proveMain(os.Args[2:])
 		}
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

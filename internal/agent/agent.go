@@ -61,6 +61,10 @@ type Options struct {
 	// Probe finds out what the host's QEMU can do; it may take some seconds.
 	// Nil: only its version is asked for, and TCG assumed.
 	Probe func(ctx context.Context, qemu string) (Machine, error)
+	// Prove proves dirty tracking with a guest of type m, in a process of its own
+	// with its files below dir; it may take some seconds. The error says that it could not be
+	// run. Nil: nothing is proved, and nothing refused for it.
+	Prove func(ctx context.Context, qemu string, m Machine, dir string) (Proof, error)
 	// API makes the REST interface of the agent. It has to judge callers by
 	// their certificates itself. Nil: none is served.
 	API func(*Agent) http.Handler
@@ -83,6 +87,7 @@ type Agent struct {
 	uploads   *uploads
 	statuses  *statusCache
 	machine   atomic.Pointer[Machine] // nil: not probed yet
+	tracking  atomic.Pointer[Proof]   // nil: not proved yet
 	member    membership
 
 	mu      sync.Mutex

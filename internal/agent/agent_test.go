@@ -34,6 +34,8 @@ type host struct {
 	ag   *Agent
 	stop context.CancelFunc
 	done chan error
+	// prove stands for the proof of dirty tracking; nil: none.
+	prove func(ctx context.Context, qemu string, m Machine, dir string) (Proof, error)
 }
 
 func hostConfig(t *testing.T, name string, role config.Role) config.Config {
@@ -75,7 +77,7 @@ func (h *host) on() {
 	defer cancel()
 	var err error
 	h.ag, err = Open(ctx, h.cfg.StateDir, Options{
-		Log: log, Version: "test",
+		Log: log, Version: "test", Prove: h.prove,
 		Probe: func(context.Context, string) (Machine, error) {
 			return Machine{QEMU: "7.2.1", Accel: "tcg", Type: "pc-q35-7.2"}, nil
 		},

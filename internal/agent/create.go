@@ -172,6 +172,12 @@ func (a *Agent) planVM(ctx context.Context, req api.CreateVM) (_ *plan, err erro
 		}
 		return nil, api.Errorf(api.Refused, "UEFI for VM %q of level %s is refused: %s", req.Name, req.Level, reason)
 	}
+	if req.Level == model.LevelFT {
+		if err := a.checkTracking(); err != nil {
+			return nil, api.Errorf(api.Refused, "VM %q of level %s is refused: %w", req.Name, req.Level, err).
+				WithAction("create it on another host (--host), or with another kernel or QEMU there; see perdure host show %s", a.cfg.Name)
+		}
+	}
 	total, _ := meminfo()
 	if total > 0 && req.Memory > total {
 		return nil, api.Errorf(api.Invalid, "memory %s is beyond host %s, which has %s", api.FormatSize(req.Memory), a.cfg.Name, api.FormatSize(total))

@@ -55,8 +55,8 @@ func (a *Agent) publish(ctx context.Context) {
 		}
 		if !named || last.Name == "" {
 			wait = time.Second
-		} else if a.cfg.Role == config.RoleHost && a.machine.Load() == nil {
-			wait = 200 * time.Millisecond // QEMU is being tried; the result is waited for
+		} else if a.cfg.Role == config.RoleHost && (a.machine.Load() == nil || info.Tracking == clusterstore.TrackingPending) {
+			wait = 200 * time.Millisecond // QEMU is being tried, or tracking proved; the result is waited for
 		}
 		if !sleep(ctx, wait) {
 			return
@@ -72,6 +72,7 @@ func (a *Agent) hostInfo() clusterstore.HostInfo {
 	}
 	if m := a.machine.Load(); m != nil {
 		info.QEMU, info.Accel, info.Machine, info.CPU = m.QEMU, m.Accel, m.Type, m.CPU
+		info.Tracking, info.TrackingText = a.trackingNow()
 		return info
 	}
 	// While QEMU is being tried out, what was found in the agent's earlier life
@@ -79,6 +80,7 @@ func (a *Agent) hostInfo() clusterstore.HostInfo {
 	for _, h := range a.store.Hosts() {
 		if h.Name == info.Name {
 			info.QEMU, info.Accel, info.Machine, info.CPU = h.QEMU, h.Accel, h.Machine, h.CPU
+			info.Tracking, info.TrackingText = h.Tracking, h.TrackingText
 		}
 	}
 	return info
@@ -135,6 +137,7 @@ func (a *Agent) probe(ctx context.Context) {
 		a.machine.Store(&m)
 		if err == nil {
 			a.log.Info("QEMU found", "version", m.QEMU, "accel", m.Accel, "machine", m.Type)
+			a.proveTracking(ctx, m)
 			return
 		}
 		a.log.Error("QEMU cannot be used; no VM can start here", "qemu", a.cfg.QEMU, "error", err)
@@ -380,7 +383,7 @@ func (a *Agent) Hosts(context.Context) ([]api.Host, error) {
 		m, isMember := members[h.Name]
 		v := api.Host{Name: h.Name, Role: api.HostRole(h.Role), State: api.HostUnknown, Voter: isMember && !m.Learner, Leader: m.Leader && quorum,
 			Addrs: []string{h.API}, ALinks: []api.ALink{}, CPUs: h.CPUs, MemoryTotal: h.MemoryTotal, MemoryFree: h.MemoryFree,
-			Accel: h.Accel, QEMU: h.QEMU, Version: h.Version, StateDir: h.StateDir, VMs: append([]string{}, sits[h.Name]...)}
+			Accel: h.Accel, QEMU: h.QEMU, Tracking: api.Tracking(h.Tracking), TrackingText: h.TrackingText, Version: h.Version, StateDir: h.StateDir, VMs: append([]string{}, sits[h.Name]...)}
 		v.Problems = hostProblems(h)
 		switch {
 		case h.Name == a.cfg.Name:

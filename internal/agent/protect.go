@@ -97,12 +97,15 @@ func (w *worker) protect(ctx context.Context, v clusterstore.VMView) {
 	p.next = time.Now().Add(minProtectDelay)
 }
 
-// aliveHosts names the other hosts that are alive, with their present lives.
+// aliveHosts names the other hosts that are alive, with their present lives and
+// what is known of their dirty tracking.
 func (a *Agent) aliveHosts() string {
 	var b strings.Builder
+	own, _ := a.trackingNow()
+	fmt.Fprintf(&b, "%s,", own)
 	for _, h := range a.otherHosts(true) {
 		if h.QEMU != "" {
-			fmt.Fprintf(&b, "%s %s,", h.Name, h.Nonce)
+			fmt.Fprintf(&b, "%s %s %s,", h.Name, h.Nonce, h.Tracking)
 		}
 	}
 	return b.String()
@@ -172,6 +175,9 @@ func (a *Agent) candidates(v clusterstore.VMView) (hosts, why []string) {
 			own = h
 		}
 	}
+	if reason := untracked(own.HostInfo); reason != "" {
+		return nil, []string{fmt.Sprintf("host %s %s", own.Name, reason)}
+	}
 	for _, h := range a.store.Hosts() {
 		if h.Role != string(config.RoleHost) || h.Name == rec.Primary.Host {
 			continue
@@ -210,6 +216,8 @@ func (a *Agent) unfit(v clusterstore.VMView, own, h clusterstore.HostView) strin
 		return fmt.Sprintf("has accelerator %s, the VM needs kvm", h.Accel)
 	case own.QEMU != "" && olderVersion(h.QEMU, own.QEMU):
 		return fmt.Sprintf("has QEMU %s, older than %s of the primary's host", h.QEMU, own.QEMU)
+	case untracked(h.HostInfo) != "":
+		return untracked(h.HostInfo)
 	case h.MemoryFree > 0 && h.MemoryFree < v.Spec.Memory+ftOverhead:
 		return fmt.Sprintf("has %d MiB of memory free, the VM needs %d MiB", h.MemoryFree>>20, (v.Spec.Memory+ftOverhead)>>20)
 	}
@@ -253,6 +261,11 @@ func (a *Agent) prepareSecondary(ctx context.Context, vm string) error {
 	}
 	if err := checkFUSE(spec); err != nil {
 		return err
+	}
+	if spec.Level == model.LevelFT {
+		if err := a.checkTracking(); err != nil {
+			return err
+		}
 	}
 	for _, n := range spec.NICs {
 		if err := checkBridge(n.Bridge); err != nil {

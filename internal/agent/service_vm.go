@@ -326,6 +326,9 @@ func (a *Agent) checkSecondary(v clusterstore.VMView, host string) error {
 		if h.Name != host {
 			continue
 		}
+		if why := untracked(own.HostInfo); why != "" {
+			return api.Errorf(api.Refused, "host %s %s", own.Name, why)
+		}
 		if why := a.unfit(v, own, h); why != "" {
 			return api.Errorf(api.Refused, "host %s %s", host, why)
 		}

@@ -266,5 +266,10 @@ func hostProblems(h clusterstore.HostView) []model.Problem {
 	if h.Role == "host" && h.QEMU == "" {
 		out = append(out, model.Problem{Code: "no-qemu", Severity: model.Critical, Text: "no QEMU that can be used was found on " + h.Name, Action: "run perdure doctor there"})
 	}
+	if h.Tracking == clusterstore.TrackingFailed {
+		out = append(out, model.Problem{Code: "tracking-failed", Severity: model.Critical,
+			Text:   "no VM is protected at level ft on " + h.Name + ": the proof of dirty tracking failed: " + h.TrackingText,
+			Action: "use another kernel or QEMU there (perdure doctor tries again), and report these two and the processor"})
+	}
 	return out
 }

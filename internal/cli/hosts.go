@@ -113,12 +113,26 @@ func (a *app) hostShow(ctx context.Context, c *api.Client, args []string) error 
 		f.put("CPUs", strconv.Itoa(h.CPUs))
 		f.put("Memory", fmt.Sprintf("%s free of %s", api.FormatSize(h.MemoryFree), api.FormatSize(h.MemoryTotal)))
 		f.put("QEMU", strings.TrimSpace(h.QEMU+" "+h.Accel))
+		f.put("Level ft", trackingText(h))
 		f.put("VMs", strings.Join(h.VMs, ", "))
 	}
 	f.put("Perdure", h.Version)
 	f.put("State dir", h.StateDir)
 	f.print()
 	return nil
+}
+
+// trackingText says whether a host can take part in level ft by its proof.
+func trackingText(h api.Host) string {
+	switch h.Tracking {
+	case api.TrackingPending:
+		return "dirty tracking is being proved"
+	case api.TrackingProved:
+		return "dirty tracking proved: " + h.TrackingText
+	case api.TrackingFailed:
+		return "refused, dirty tracking failed its proof: " + h.TrackingText
+	}
+	return ""
 }
 
 func (a *app) tokenCommand() *cobra.Command {

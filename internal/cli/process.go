@@ -19,6 +19,7 @@ type hostFlags struct {
 	alinks                                       []string
 	apiPort, peerPort, clientPort                int
 	bootWait                                     time.Duration
+	proof                                        string
 }
 
 func (h *hostFlags) add(c *cobra.Command) {
@@ -34,6 +35,7 @@ func (h *hostFlags) add(c *cobra.Command) {
 	f.StringVar(&h.qemu, "qemu", "", "QEMU program, `PATH` (default /usr/bin/qemu-system-x86_64)")
 	f.StringVar(&h.qemuImg, "qemu-img", "", "qemu-img program, `PATH`")
 	f.DurationVar(&h.bootWait, "boot-wait", 0, "how long a start from disk waits for the other host (default 20s)")
+	f.StringVar(&h.proof, "tracking-proof", "", "`FILE` that keeps the proof of dirty tracking (default in the state directory); hosts on one machine may share it")
 }
 
 // config puts defaults, file and flags together and checks the result.
@@ -56,6 +58,7 @@ func (h *hostFlags) config(c *cobra.Command, role config.Role) (config.Config, e
 	set("address", &conf.LAN.Address, h.address)
 	set("qemu", &conf.QEMU, h.qemu)
 	set("qemu-img", &conf.QEMUImg, h.qemuImg)
+	set("tracking-proof", &conf.TrackingProof, h.proof)
 	for flag, p := range map[string]struct {
 		to *int
 		v  int

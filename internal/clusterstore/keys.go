@@ -49,7 +49,22 @@ type HostInfo struct {
 	CPU         string   `json:"cpu"`          // default CPU model under Accel
 	Version     string   `json:"version"`      // of Perdure
 	StateDir    string   `json:"state_dir"`
+	// Tracking says whether the host's dirty tracking is proved, which level ft
+	// rests on; TrackingText is what the proof found.
+	Tracking     Tracking `json:"tracking,omitempty"`
+	TrackingText string   `json:"tracking_text,omitempty"`
 }
+
+// Tracking is the state of a host's proof of dirty tracking.
+type Tracking string
+
+// The states of a proof.
+const (
+	TrackingUnknown Tracking = "" // not said: an older version, or a witness
+	TrackingPending Tracking = "pending"
+	TrackingProved  Tracking = "proved"
+	TrackingFailed  Tracking = "failed"
+)
 
 // Token is what the cluster keeps of a join token.
 type Token struct {

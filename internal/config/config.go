@@ -79,9 +79,12 @@ type Config struct {
 	QEMU     string   `toml:"qemu"`      // absolute path of qemu-system-x86_64
 	QEMUImg  string   `toml:"qemu_img"`  // qemu-img: absolute path, or a name to look up in PATH
 	BootWait Duration `toml:"boot_wait"` // how long a start from disk waits for the other host, 0–1h, default 20s
-	LAN      LAN      `toml:"lan"`
-	ALinks   []ALink  `toml:"alinks"` // at most 8; empty: the LAN address is used
-	Etcd     Etcd     `toml:"etcd"`
+	// TrackingProof is the file in which the proof of dirty tracking is kept, an
+	// absolute path; empty: in the state directory. Hosts on one machine, as in a lab, may share it.
+	TrackingProof string  `toml:"tracking_proof,omitempty"`
+	LAN           LAN     `toml:"lan"`
+	ALinks        []ALink `toml:"alinks"` // at most 8; empty: the LAN address is used
+	Etcd          Etcd    `toml:"etcd"`
 }
 
 // Default returns the configuration of a host about which only name and
@@ -130,7 +133,7 @@ func Parse(data []byte) (Config, error) {
 		for i, k := range un {
 			keys[i] = k.String()
 		}
-		return Config{}, fmt.Errorf("unknown key %s; allowed are name, state_dir, role, qemu, qemu_img, boot_wait, [lan] address, api_port, etcd_peer_port, etcd_client_port, [[alinks]] address, [etcd] heartbeat, election",
+		return Config{}, fmt.Errorf("unknown key %s; allowed are name, state_dir, role, qemu, qemu_img, boot_wait, tracking_proof, [lan] address, api_port, etcd_peer_port, etcd_client_port, [[alinks]] address, [etcd] heartbeat, election",
 			strings.Join(keys, ", "))
 	}
 	if err := c.Validate(); err != nil {
@@ -177,6 +180,7 @@ func (c Config) Validate() error {
 		add(c.QEMUImg != "" && (filepath.IsAbs(c.QEMUImg) || !strings.Contains(c.QEMUImg, "/")), "qemu_img", c.QEMUImg, "an absolute path or the name of a program")
 	}
 	add(c.BootWait >= 0 && c.BootWait.D() <= time.Hour, "boot_wait", c.BootWait.D(), "0s to 1h")
+	add(c.TrackingProof == "" || filepath.IsAbs(c.TrackingProof), "tracking_proof", c.TrackingProof, "an absolute path")
 	add(usableIP(c.LAN.Address), "lan.address", c.LAN.Address, "the IP address of this host on the LAN, not unspecified")
 
 	ports := map[int]string{}
@@ -253,6 +257,14 @@ func (c Config) BlobPath(digest string) string { return c.Path("blobs", digest) 
 
 // PKIPath is a file of the host's identity: "ca.crt", "ca.key", "host.crt" or "host.key".
 func (c Config) PKIPath(name string) string { return c.Path("pki", name) }
+
+// ProofPath is the file in which the proof of dirty tracking is kept.
+func (c Config) ProofPath() string {
+	if c.TrackingProof != "" {
+		return c.TrackingProof
+	}
+	return c.Path("tracking-proof.json")
+}
 
 // EtcdDir is the data directory of the embedded store.
 func (c Config) EtcdDir() string { return c.Path("etcd") }

@@ -17,6 +17,10 @@ import (
 // BootWait is how long a start from disk waits for the other host in a lab.
 const BootWait = 8 * time.Second
 
+// trackingProof is shared by all labs of a machine, whose kernel and QEMU are
+// the same: the proof is made once per boot.
+const trackingProof = "/run/perdure-lab/tracking-proof.json"
+
 // Cluster returns the options of a lab whose hosts form one Perdure cluster:
 // the shape is as given, programs and Form are filled in.
 func Cluster(o Options) Options {
@@ -75,7 +79,7 @@ func (l *Lab) hostFlags(host string) []string {
 	}
 	f := []string{"--state-dir", l.StateDir(host), "--name", host, "--address", n.lanAddr().Addr().String()}
 	if n.Role == RoleHost {
-		f = append(f, "--boot-wait", BootWait.String())
+		f = append(f, "--boot-wait", BootWait.String(), "--tracking-proof", trackingProof)
 		for i := range l.st.ALinks {
 			f = append(f, "--alink", n.alinkAddr(i).Addr().String())
 		}

@@ -91,7 +91,7 @@ func startGuest(ctx context.Context, dir, mem string, o Options) (*qemu.Process,
 	if err != nil {
 		return nil, nil, err
 	}
-	proc, err := qemu.Start(ctx, o.QEMU, args, qemu.StartOptions{LogPath: filepath.Join(dir, "log"), Dir: dir})
+	proc, err := qemu.Start(ctx, o.QEMU, args, qemu.StartOptions{LogPath: filepath.Join(dir, "log"), Dir: dir, Temporary: true})
 	if err != nil {
 		return nil, nil, err
 	}
