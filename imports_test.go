@@ -64,6 +64,7 @@ func table() map[string]row {
 
 		"internal/authority": {pure, nil},
 		"internal/epoch":     {pure, nil},
+		"internal/replica":   {pure, nil},
 
 		"internal/config": {mechanisms, []edge{{"github.com/BurntSushi/toml", "configuration files are TOML"}}},
 		"internal/pki":    {mechanisms, nil},
@@ -71,7 +72,7 @@ func table() map[string]row {
 			{"go.etcd.io", "the cluster store is etcd, embedded"}, {"go.uber.org/zap", "etcd logs through it; it is bridged to slog"}}},
 		"internal/shimapi":    {mechanisms, nil},
 		"internal/vfs":        {mechanisms, []edge{sys}},
-		"internal/blockstore": {mechanisms, append(down("internal/bitmap"), edge{"internal/vfs", "all its I/O goes through the file seam, so that crashes can be tested"}, sys)},
+		"internal/blockstore": {mechanisms, append(down("internal/bitmap", "internal/replica"), edge{"internal/vfs", "all its I/O goes through the file seam, so that crashes can be tested"}, sys)},
 		"internal/nbd":        {mechanisms, []edge{sys}},
 		"internal/chardev":    {mechanisms, []edge{sys}},
 		"internal/guestmem": {mechanisms, append(down("internal/bitmap"), sys, edge{"github.com/hanwen/go-fuse/v2", "guest memory is a FUSE file"},
