@@ -679,3 +679,58 @@ func TestCreateRefuses(t *testing.T) {
 		t.Errorf("left behind: %v", e)
 	}
 }
+
+// TestProtectionThatFails has a standby that never comes to be: people are told
+// at once and until the VM is protected, also while the next attempt is under way.
+func TestProtectionThatFails(t *testing.T) {
+	testenv.Root(t)
+	ctx := t.Context()
+	a := firstHost(t)
+	b := joined(t, a, "b", config.RoleHost)
+	eventually(t, "b is known", 20*time.Second, func() bool {
+		h, err := a.ag.Host(ctx, "b")
+		return err == nil && h.QEMU != "" && h.State == api.HostAlive
+	})
+	told := func() (text string) {
+		v, _ := a.ag.VM(ctx, "v1")
+		for _, p := range v.Problems {
+			if p.Code == "unprotected" {
+				text = p.Text
+			}
+		}
+		return text
+	}
+	a.create(api.CreateVM{Name: "v1", Level: model.LevelFT, Memory: 16 << 20})
+	spec, err := a.ag.store.Spec(ctx, "v1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.ag.ownDir(spec); err != nil {
+		t.Fatal(err)
+	}
+	fail := filepath.Join(b.cfg.VMDir("v1"), "fail")
+	if err := os.WriteFile(fail, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.ag.StartVM(ctx, "v1", api.StartVM{Host: "a"}); err != nil {
+		t.Fatal(err)
+	}
+	syncing := func(r model.Record) bool { return r.Mode == model.ModeSyncing }
+	for range 2 {
+		first := a.await("v1", "being filled", syncing)
+		// What the shim of the primary does when the standby dies.
+		if err := a.ag.shimOpHere(ctx, "v1", shimapi.Op{Op: "unprotect"}); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the failure is told", 20*time.Second, func() bool { return strings.Contains(told(), "on host b failed") })
+		a.await("v1", "tried again", func(r model.Record) bool { return syncing(r) && r.Term > first.Term })
+		if text := told(); !strings.Contains(text, "on host b failed") {
+			t.Errorf("during the next attempt people are told %q", text)
+		}
+	}
+	if err := os.Remove(fail); err != nil {
+		t.Fatal(err)
+	}
+	a.await("v1", "protected", duplex)
+	eventually(t, "the problem is gone", 20*time.Second, func() bool { return told() == "" })
+}

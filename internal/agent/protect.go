@@ -39,6 +39,8 @@ type protection struct {
 	tried   map[string]time.Time // hosts that were tried, to vary
 	duplex  time.Time            // since when the pair holds
 	pending bool                 // an attempt was accepted and has not come to duplex yet
+	host    string               // the host of the last attempt
+	failed  bool                 // the last attempt failed, and people were told
 	since   time.Time            // when protection was found missing
 	hosts   string               // who was alive at the last look
 }
@@ -54,7 +56,7 @@ func (w *worker) protect(ctx context.Context, v clusterstore.VMView) {
 		if time.Since(p.duplex) > protectedLong {
 			p.delay = 0
 		}
-		p.pending, p.since = false, time.Time{}
+		p.pending, p.failed, p.since = false, false, time.Time{}
 		w.problem("unprotected", "", "", "")
 		return
 	case rec.Mode != model.ModeSimplex:
@@ -62,6 +64,7 @@ func (w *worker) protect(ctx context.Context, v clusterstore.VMView) {
 	}
 	p.duplex = time.Time{}
 	if rec.Level != model.LevelFT || rec.Wanted == model.WantStopped || v.Unprotected {
+		p.pending, p.failed = false, false
 		w.problem("unprotected", "", "", "")
 		return
 	}
@@ -69,8 +72,10 @@ func (w *worker) protect(ctx context.Context, v clusterstore.VMView) {
 		p.since = time.Now()
 	}
 	if p.pending { // it came back to simplex without having been duplex
-		p.pending = false
+		p.pending, p.failed = false, true
 		w.delayProtect()
+		w.problem("unprotected", model.Warning, fmt.Sprintf("the VM runs without a second copy: the last attempt to make one on host %s failed", p.host),
+			"none: it is tried again by itself; perdure vm events says why it failed")
 	}
 	// A host that came, or came back, is tried at once.
 	if hosts := w.a.aliveHosts(); hosts != p.hosts {
@@ -92,7 +97,9 @@ func (w *worker) protect(ctx context.Context, v clusterstore.VMView) {
 		}
 		return
 	}
-	w.problem("unprotected", "", "", "")
+	if !p.failed { // what failed once is solved only by being protected
+		w.problem("unprotected", "", "", "")
+	}
 	p.pending = true
 	p.next = time.Now().Add(minProtectDelay)
 }
@@ -141,7 +148,7 @@ func (w *worker) tryProtect(ctx context.Context, v clusterstore.VMView) error {
 		if w.prot.tried == nil {
 			w.prot.tried = map[string]time.Time{}
 		}
-		w.prot.tried[h] = time.Now()
+		w.prot.tried[h], w.prot.host = time.Now(), h
 		if _, err := c.Op(ctx, shimapi.Op{Op: "protect", Host: h}); err != nil {
 			return fmt.Errorf("its shim refuses host %s: %w", h, err)
 		}

@@ -200,6 +200,7 @@ func (s *Shim) setMode(a authority.ActMode) {
 	if a.Mode != old.Mode || a.Role != old.Role {
 		s.tl.add("mode", 0, 0, "%s, %s, term %d", a.Role, a.Mode, a.Term)
 	}
+	s.markMode(a)
 	if prim == nil || a.Role != authority.RolePrimary {
 		return
 	}
@@ -209,6 +210,7 @@ func (s *Shim) setMode(a authority.ActMode) {
 	case model.ModeDuplex:
 		prim.protected()
 	case model.ModeSimplex:
+		s.tl.solved(pairApart)
 		prim.alone()
 	}
 }

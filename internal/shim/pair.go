@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"perdure/internal/authority"
@@ -35,7 +36,9 @@ type pair struct {
 	poke  chan struct{} // something was queued for the committer
 	gate  chan struct{} // something about the gate changed
 
-	flushed chan struct{} // the secondary's copy is durable
+	flushed  chan struct{} // the secondary's copy is durable
+	flushing atomic.Bool   // while that is waited for
+	moved    atomic.Int64  // bytes of the full copy that were sent
 
 	mu       sync.Mutex
 	sess     *peer.Session
@@ -45,7 +48,8 @@ type pair struct {
 	acts     []epoch.Action            // commits and releases for the committer, in order
 	caught   bool
 	lost     bool
-	left     bool // settled by the runner: the committer does nothing any more
+	lostAt   time.Time // when lost was set
+	left     bool      // settled by the runner: the committer does nothing any more
 	progress []model.Progress
 	lastDisk []diskChunk // what the full copy still owes, sent with the first epoch
 	slow     *epoch.SlowWatch
@@ -143,7 +147,9 @@ func (pr *pair) watchLost() {
 
 func (pr *pair) markLost() {
 	pr.mu.Lock()
-	pr.lost = true
+	if !pr.lost {
+		pr.lost, pr.lostAt = true, time.Now()
+	}
 	pr.mu.Unlock()
 }
 
@@ -274,13 +280,16 @@ func (pr *pair) gateChanged() {
 // acknowledges too slowly.
 func (pr *pair) beat() {
 	pr.mu.Lock()
-	sess, lost := pr.sess, pr.lost
+	sess, lost, lostAt := pr.sess, pr.lost, pr.lostAt
 	var oldest time.Duration
 	for _, c := range pr.flights {
 		oldest = max(oldest, time.Since(c.done))
 	}
 	slow := pr.slow.Observe(bootNow(), oldest)
 	pr.mu.Unlock()
+	if lost {
+		pr.tellApart(lostAt)
+	}
 	if sess == nil || lost {
 		return
 	}

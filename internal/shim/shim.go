@@ -64,6 +64,7 @@ type Shim struct {
 	timers  map[authority.TimerID]*time.Timer
 	refusal string
 
+	markMu sync.Mutex // one writer of the replicas' metadata at a time
 	mu     sync.Mutex // guards what Status reads
 	mode   authority.ActMode
 	record model.Versioned
@@ -285,6 +286,7 @@ func (s *Shim) teardown(cause error) {
 		stby.close()
 	}
 	if inst != nil {
+		s.markOutdated(inst)
 		inst.close()
 	}
 	s.work.Wait()

@@ -28,6 +28,10 @@ const (
 	restDisk   = 4 << 20
 	fillRounds = 6
 	fillLimit  = 2 * time.Minute // without a session
+	// fillStall is how long nothing may move while the secondary is filled. Its
+	// flush, during which nothing does, may take longer by what was sent at flushRate.
+	fillStall = time.Minute
+	flushRate = 10 << 20 // bytes per second: a slow disk
 )
 
 // peerTLS is this host's identity for both directions of a session.
@@ -80,8 +84,18 @@ func (s *Shim) hello() hello {
 
 // fill makes the secondary a full copy while the guest runs, until the rest fits into one epoch.
 func (pr *pair) fill() {
+	done := make(chan struct{})
+	pr.goWork(func() { pr.watchFill(done) })
 	err := pr.fillAll()
-	if err == nil || pr.ctx.Err() != nil || pr.isLost() {
+	close(done)
+	if err != nil {
+		pr.fillFailed(err)
+	}
+}
+
+// fillFailed gives the filling up and says why, once.
+func (pr *pair) fillFailed(err error) {
+	if pr.ctx.Err() != nil || pr.isLost() {
 		return
 	}
 	pr.p.s.tl.add("sync-failed", 0, time.Since(pr.begun), "filling host %s failed: %v", pr.host, err)
@@ -89,6 +103,50 @@ func (pr *pair) fill() {
 		Action: "none: it is tried again by itself; see that host's log"})
 	pr.markLost()
 	pr.p.s.post(authority.EvUnprotect{Reason: "filling failed: " + err.Error()})
+}
+
+// watchFill gives up a filling in which nothing moves: a secondary whose disk
+// hangs while its heartbeats go on would keep the VM without protection for ever.
+func (pr *pair) watchFill(done <-chan struct{}) {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	var w stallWatch
+	for {
+		select {
+		case <-done:
+			return
+		case <-pr.ctx.Done():
+			return
+		case now := <-tick.C:
+			moved := pr.moved.Load()
+			limit := fillStall
+			if pr.flushing.Load() {
+				limit += time.Duration(moved/flushRate) * time.Second
+			}
+			pr.mu.Lock()
+			connected := pr.sess != nil // before, connect has its own limit
+			pr.mu.Unlock()
+			if connected && w.stalled(moved, now, limit) {
+				pr.fillFailed(fmt.Errorf("nothing moved for %v", limit))
+				return
+			}
+		}
+	}
+}
+
+// stallWatch notices a count that stands still.
+type stallWatch struct {
+	count int64
+	since time.Time
+}
+
+// stalled reports whether count has not changed for limit.
+func (w *stallWatch) stalled(count int64, now time.Time, limit time.Duration) bool {
+	if w.since.IsZero() || count != w.count {
+		w.count, w.since = count, now
+		return false
+	}
+	return now.Sub(w.since) >= limit
 }
 
 func (pr *pair) fillAll() error {
@@ -136,6 +194,9 @@ func (pr *pair) settleCopy() error {
 	if err := pr.sess.Send(pr.ctx, kindSyncFlush); err != nil {
 		return err
 	}
+	pr.moved.Add(1)
+	pr.flushing.Store(true)
+	defer pr.flushing.Store(false)
 	select {
 	case <-pr.flushed:
 	case <-pr.sess.Lost():
@@ -249,6 +310,7 @@ func (pr *pair) newMeter(what string, total int64) *meter {
 }
 
 func (m *meter) at(done int64) {
+	m.pr.moved.Add(1) // looking through holes and zeros is moving, too
 	m.pr.mu.Lock()
 	defer m.pr.mu.Unlock()
 	p := &m.pr.progress[m.idx]
@@ -272,7 +334,11 @@ func (pr *pair) copyMemory() error {
 	return err
 }
 
-func (pr *pair) sendPages(frame []byte) error { return pr.sess.Send(pr.ctx, kindSyncPages, frame) }
+func (pr *pair) sendPages(frame []byte) error {
+	err := pr.sess.Send(pr.ctx, kindSyncPages, frame)
+	pr.moved.Add(int64(len(frame)))
+	return err
+}
 
 // copyDisks sends all of the disks that is not a hole.
 func (pr *pair) copyDisks() error {
@@ -307,7 +373,9 @@ func (pr *pair) copyDisks() error {
 }
 
 func (pr *pair) sendChunk(c diskChunk, data []byte) error {
-	return pr.sess.Send(pr.ctx, kindSyncDisk, pack(c), data)
+	err := pr.sess.Send(pr.ctx, kindSyncDisk, pack(c), data)
+	pr.moved.Add(int64(len(data)))
+	return err
 }
 
 // round sends what changed since the last one, and tells how much that was.

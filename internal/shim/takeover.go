@@ -47,10 +47,14 @@ func (s *Shim) claimReplicas(inst *instance, run model.RunID) error {
 	s.mu.Unlock()
 	for n, st := range inst.stores {
 		id := s.cfg.Spec.Disks[n].ID
-		if m := st.Meta(); m.VM != s.cfg.Spec.UUID || m.State != model.UpToDate {
-			return fmt.Errorf("start from disk %s: its replica here is %s and belongs to VM %s; UpToDate and %s are needed", id, m.State, m.VM, s.cfg.Spec.UUID)
+		// A replica that knows itself to be Outdated is started from by a person
+		// only, and then the record, which granted this start, calls it UpToDate.
+		if m := st.Meta(); m.VM != s.cfg.Spec.UUID || m.State == model.Inconsistent {
+			return fmt.Errorf("start from disk %s: its replica here is %s and belongs to VM %s; a whole one of %s is needed", id, m.State, m.VM, s.cfg.Spec.UUID)
 		}
-		if err := st.SetMeta(func(m *blockstore.Meta) { m.Term, m.Branch, m.Run = term, branch, run }); err != nil {
+		if err := st.SetMeta(func(m *blockstore.Meta) {
+			m.State, m.Term, m.Branch, m.Run = model.UpToDate, term, branch, run
+		}); err != nil {
 			return fmt.Errorf("mark disk %s: %w", id, err)
 		}
 	}
@@ -113,7 +117,7 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 		c.epoch, ms(applied.Sub(start)), ms(time.Since(applied)))
 	p.announce(announceFor)
 	st.retire()
-	if err := markReplicas(s, st.inst.stores, model.UpToDate, a.Term); err != nil {
+	if err := markReplicas(s, st.inst.stores, model.UpToDate, a.Term, st.next); err != nil {
 		s.log.Error("mark replicas", "error", err)
 	}
 }
@@ -168,10 +172,12 @@ func (st *standby) retire() {
 }
 
 // markReplicas writes state and identity into the replicas' own metadata.
-func markReplicas(s *Shim, stores []*blockstore.Store, state model.ReplicaState, term model.Term) error {
+func markReplicas(s *Shim, stores []*blockstore.Store, state model.ReplicaState, term model.Term, run model.RunID) error {
 	s.mu.Lock()
-	branch, run := s.record.Record.Branch, s.mode.Run
+	branch := s.record.Record.Branch
 	s.mu.Unlock()
+	s.markMu.Lock()
+	defer s.markMu.Unlock()
 	for n, st := range stores {
 		err := st.SetMeta(func(m *blockstore.Meta) { m.State, m.Term, m.Branch, m.Run = state, term, branch, run })
 		if err != nil {
@@ -182,7 +188,7 @@ func markReplicas(s *Shim, stores []*blockstore.Store, state model.ReplicaState,
 }
 
 func (st *standby) markReplicas(state model.ReplicaState) error {
-	return markReplicas(st.s, st.inst.stores, state, st.pair.Term)
+	return markReplicas(st.s, st.inst.stores, state, st.pair.Term, st.next)
 }
 
 // resetReplicas makes replicas worth nothing, durably, before the first piece

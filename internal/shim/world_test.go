@@ -56,6 +56,21 @@ func (s *store) swap(rev model.Revision, rec model.Record) shimapi.SwapResult {
 	return shimapi.SwapResult{Outcome: shimapi.SwapDone, Current: s.cur}
 }
 
+// cut has the store of some hosts not answer, or answer again.
+func (s *store) cut(down bool, hosts ...string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, h := range hosts {
+		s.down[h] = down
+	}
+}
+
+func (s *store) isDown(host string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.down[host]
+}
+
 func (s *store) get() model.Versioned {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -117,7 +132,13 @@ func (s *store) agent(t *testing.T, host, socket string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := &http.Server{Handler: mux}
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if s.isDown(host) {
+			http.Error(w, "no quorum", http.StatusServiceUnavailable)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	})}
 	go srv.Serve(ln)
 	t.Cleanup(func() { srv.Close() })
 }
@@ -167,7 +188,7 @@ func newWorld(t *testing.T, memMiB, disks int) *world {
 		t.Fatal(err)
 	}
 	w := &world{t: t, dir: dir, guest: g, ca: ca, hosts: map[string]*testHost{},
-		store: &store{t: t, endpoints: map[string]shimapi.Endpoint{}, changed: make(chan struct{})}}
+		store: &store{t: t, endpoints: map[string]shimapi.Endpoint{}, down: map[string]bool{}, changed: make(chan struct{})}}
 	w.spec = model.VMSpec{Name: "vm1", UUID: "6b6f1f0e-0000-4000-8000-000000000001", Level: model.LevelFT, VCPUs: 1,
 		Memory: int64(memMiB) << 20, Machine: "pc-q35-7.2", CPU: "max", Accel: "tcg", Append: guest.AppendFor(), FT: model.DefaultFTPolicy()}
 	for n := range disks {
