@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -154,10 +155,13 @@ func (t *agentTraffic) stop() (answered int, err error) {
 	return t.n, err
 }
 
-// agentPort runs guest-agent traffic at full rate while the secondary's state
-// is loaded in a scratch QEMU again and again, then takes over.
+// agentPort runs guest-agent traffic at full rate through checkpoints each of
+// which is loaded in a scratch QEMU, none left out, then takes over.
 func agentPort(t *testing.T, trials int) {
 	w := Start(t)
+	ctx, cancel := context.WithTimeout(t.Context(), testLimit+time.Duration(trials)*2*time.Second)
+	t.Cleanup(cancel)
+	w.Ctx = ctx
 	v := w.CreateVM(VMOptions{}).Protected()
 	conn, err := v.shimOf("a").Agent(w.Ctx)
 	w.must(err, "open guest-agent port")
@@ -166,15 +170,21 @@ func agentPort(t *testing.T, trials int) {
 	second := v.shimOf("b")
 	before, began := v.Show(), time.Now()
 	var worst time.Duration
+	var last uint64
 	for n := range trials {
 		start := time.Now()
-		r, err := second.Op(w.Ctx, shimapi.Op{Op: "trial"})
+		r, err := second.Op(w.Ctx, shimapi.Op{Op: "trial", Value: "next"})
 		if err != nil {
 			t.Fatalf("trial %d: %v", n, err)
 		}
+		var epoch uint64
+		if _, err := fmt.Sscanf(r.Text, "epoch %d loads", &epoch); err != nil || n > 0 && epoch != last+1 {
+			t.Fatalf("trial %d: %q, the one before was of epoch %d", n, r.Text, last)
+		}
+		last = epoch
 		worst = max(worst, time.Since(start))
 		if n%100 == 99 {
-			t.Logf("trial %d: %s", n+1, r.Text)
+			t.Logf("trial %d after %v: %s", n+1, time.Since(began).Round(time.Second), r.Text)
 		}
 	}
 	after, took := v.Show(), time.Since(began)
@@ -183,7 +193,7 @@ func agentPort(t *testing.T, trials int) {
 		t.Errorf("guest-agent port: %v", err)
 	}
 	checkpoints := after.Checkpoint.Count - before.Checkpoint.Count
-	t.Logf("%d states loaded in %v (longest %v), through %d checkpoints; %d guest-agent requests answered, %.0f a second",
+	t.Logf("%d states loaded one after the other in %v (longest %v), %d checkpoints; %d guest-agent requests answered, %.0f a second",
 		trials, took.Round(time.Millisecond), worst.Round(time.Millisecond), checkpoints, answered, float64(answered)/took.Seconds())
 	if answered < 10*trials || checkpoints < uint64(trials) {
 		t.Errorf("%d answers and %d checkpoints in %d trials: the port was not busy", answered, checkpoints, trials)
@@ -218,7 +228,7 @@ func (v *VM) checkAgentAnswers(host string) {
 }
 
 // TestGuestAgentPort tries the standby's state under guest-agent traffic.
-func TestGuestAgentPort(t *testing.T) { agentPort(t, 25) }
+func TestGuestAgentPort(t *testing.T) { agentPort(t, 50) }
 
 // problem returns the problem of a code, or nil.
 func problem(vm api.VM, code string) string {

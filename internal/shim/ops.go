@@ -45,7 +45,11 @@ func (s *Shim) do(ctx context.Context, op shimapi.Op) (string, error) {
 		if st == nil {
 			return "", errors.New("this shim does not stand by")
 		}
-		n, err := st.try()
+		try := st.try
+		if op.Value == "next" {
+			try = st.tryNext
+		}
+		n, err := try(ctx)
 		return fmt.Sprintf("epoch %d loads", n), err
 	case "quit":
 		if s.primary() != nil {

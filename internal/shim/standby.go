@@ -34,9 +34,12 @@ type standby struct {
 	// between takes work that needs the memory to stand still at the boundary of
 	// the epoch that was applied last.
 	between chan func(*whole)
-	trying  sync.Mutex    // held by a trial
-	drain   chan struct{} // closed when nothing will be received any more
-	idle    chan struct{} // closed when the applier has ended
+	// following takes such work too, once for each epoch; see tryNext.
+	following chan func(*whole)
+	each      bool          // nothing is applied before the last one was tried; applier only
+	trying    sync.Mutex    // held by a trial
+	drain     chan struct{} // closed when nothing will be received any more
+	idle      chan struct{} // closed when the applier has ended
 
 	mu       sync.Mutex
 	sess     *peer.Session
@@ -71,8 +74,8 @@ type whole struct {
 // startStandby builds the waiting QEMU and listens for the primary.
 func (s *Shim) startStandby() {
 	st := &standby{s: s, next: newRun(), applyQ: make(chan *whole, 8), drain: make(chan struct{}), idle: make(chan struct{}),
-		between: make(chan func(*whole)),
-		epochs:  map[model.Epoch]*whole{}}
+		between: make(chan func(*whole)), following: make(chan func(*whole)),
+		epochs: map[model.Epoch]*whole{}}
 	st.ctx, st.cancel = context.WithCancel(s.ctx)
 	st.tryCtx, st.endTries = context.WithCancel(st.ctx)
 	s.mu.Lock()
@@ -558,9 +561,18 @@ func (st *standby) onUrgent(kind uint8, payload []byte) {
 func (st *standby) applier() {
 	defer close(st.idle)
 	var last *whole
+	tried := true // last, by following
 	for {
+		applyQ, following := st.applyQ, st.following
+		var patience <-chan time.Time
+		var end <-chan struct{}
+		if st.each && !tried {
+			applyQ, patience, end = nil, time.After(eachPatience), st.tryCtx.Done()
+		} else {
+			following = nil
+		}
 		select {
-		case c := <-st.applyQ:
+		case c := <-applyQ:
 			if err := st.apply(c); err != nil {
 				st.mu.Lock()
 				st.applyErr = err
@@ -568,13 +580,21 @@ func (st *standby) applier() {
 				st.s.post(authority.EvGuestEnded{Reason: fmt.Sprintf("apply epoch %d: %v", c.epoch, err)})
 				return
 			}
-			last = c
+			last, tried = c, false
+		case job := <-following:
+			job(last)
+			tried = true
+		case <-patience:
+			st.each = false
+		case <-end:
+			st.each = false
 		case job := <-st.between:
 			if st.tryCtx.Err() != nil {
 				last = nil // tells the trial that there is nothing to try any more
 			}
 			job(last)
 		case <-st.drain:
+			st.each = false
 			if len(st.applyQ) == 0 {
 				return
 			}

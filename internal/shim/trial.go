@@ -24,7 +24,7 @@ const trialInterval = 5 * time.Minute
 func (st *standby) trials() {
 	for st.tryCtx.Err() == nil {
 		start := time.Now()
-		n, err := st.try()
+		n, err := st.try(st.tryCtx)
 		switch {
 		case st.tryCtx.Err() != nil || errors.Is(err, errNoState):
 			return
@@ -46,8 +46,29 @@ var errNoState = errors.New("the standby holds no state to try")
 
 // try loads the newest applied state into a scratch QEMU. Applying waits for
 // the load itself (some tens of milliseconds), not for the scratch QEMU's start.
-// One at a time: two would want the same taps.
-func (st *standby) try() (n model.Epoch, err error) {
+func (st *standby) try(ctx context.Context) (model.Epoch, error) { return st.tryBy(ctx, st.between) }
+
+// tryNext is try for the state that follows the one it tried last, none left
+// out: from the first call on an epoch is applied only when the one before was
+// tried, which holds the primary back as a slow secondary does. That ends when
+// no call comes for eachPatience, and with whatever ends trials.
+func (st *standby) tryNext(ctx context.Context) (model.Epoch, error) {
+	select {
+	case st.between <- func(*whole) { st.each = true }:
+	case <-st.idle:
+		return 0, errNoState
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+	return st.tryBy(ctx, st.following)
+}
+
+// eachPatience is how long applying waits for the next trial.
+const eachPatience = 5 * time.Second
+
+// tryBy is try with the channel by which the applier is asked. One at a time:
+// two would want the same taps.
+func (st *standby) tryBy(ctx context.Context, ask chan<- func(*whole)) (n model.Epoch, err error) {
 	st.trying.Lock()
 	defer st.trying.Unlock()
 	left, _ := filepath.Glob(filepath.Join(st.s.cfg.Dir, "trial-*")) // by a shim that was killed meanwhile
@@ -59,8 +80,9 @@ func (st *standby) try() (n model.Epoch, err error) {
 		return 0, fmt.Errorf("make directory for a trial: %w", err)
 	}
 	defer os.RemoveAll(dir)
-	ctx, cancel := context.WithTimeout(st.tryCtx, startTimeout)
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
+	defer context.AfterFunc(st.tryCtx, cancel)()
 	proc, q, done, err := st.scratch(ctx, dir)
 	defer done()
 	if err != nil {
@@ -81,7 +103,7 @@ func (st *standby) try() (n model.Epoch, err error) {
 		result <- q.LoadDevices(ctx, c.dev)
 	}
 	select {
-	case st.between <- job:
+	case ask <- job:
 	case <-st.idle:
 		return 0, errNoState
 	case <-ctx.Done():

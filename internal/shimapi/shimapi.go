@@ -93,7 +93,9 @@ type Op struct {
 	// refused on a running primary), "survivor" (Value "on" or "off"), "peer-dead"
 	// (Value: the run id of the peer's instance that is known to be gone for
 	// sure, because its host's agent holds the run lock; Host: that host), "trial"
-	// (of a standby: load its newest state in a scratch QEMU now).
+	// (of a standby: load its newest state in a scratch QEMU now; with Value
+	// "next" the one after the last that was tried so, which holds the primary
+	// back meanwhile).
 	Op    string `json:"op"`
 	Host  string `json:"host,omitempty"`
 	Force bool   `json:"force,omitempty"`
