@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"sync"
 	"time"
 )
 
@@ -63,6 +64,56 @@ func dialUntil(ctx context.Context, dial Dial, addr string) (net.Conn, error) {
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
+}
+
+// life is a client's one goroutine from Start to Stop.
+type life struct {
+	cancel context.CancelFunc
+	stop   chan struct{} // closed: no further request
+	once   sync.Once
+	done   chan struct{} // closed by the goroutine at its end
+}
+
+// begin connects, waiting until the guest answers. The context returned ends
+// with abort.
+func begin(ctx context.Context, o *Options) (context.Context, net.Conn, *life, error) {
+	o.fill()
+	conn, err := dialUntil(ctx, o.Dial, o.Addr)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	return ctx, conn, &life{cancel: cancel, stop: make(chan struct{}), done: make(chan struct{})}, nil
+}
+
+// halt lets no further request begin and waits for the answer that is due.
+func (l *life) halt() {
+	l.once.Do(func() { close(l.stop) })
+	<-l.done
+	l.cancel()
+}
+
+// abort breaks off at once.
+func (l *life) abort() {
+	l.cancel()
+	<-l.done
+}
+
+// Done is closed when the client has ended, by Stop or because it cannot go on.
+func (l *life) Done() <-chan struct{} { return l.done }
+
+// await waits until count has grown by n; what and seen are for the error.
+func (l *life) await(ctx context.Context, n int, what string, count func() int, seen func() string) error {
+	for target := count() + n; count() < target; {
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for %d %s: %w (%s)", n, what, context.Cause(ctx), seen())
+		case <-l.done:
+			return fmt.Errorf("wait for %d %s: ended: %s", n, what, seen())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	return nil
 }
 
 // Waits summarises how long answers took.

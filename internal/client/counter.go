@@ -20,12 +20,9 @@ import (
 // guest that lost a moment of its memory, or went on from an older state after
 // its output was seen, or that runs twice, cannot answer so.
 type Counter struct {
-	o      Options
-	conn   net.Conn
-	cancel context.CancelFunc
-	stop   chan struct{}
-	once   sync.Once
-	done   chan struct{}
+	*life
+	o    Options
+	conn net.Conn
 
 	mu      sync.Mutex
 	res     CounterResult
@@ -61,13 +58,11 @@ func (r CounterResult) String() string {
 
 // StartCounter connects, waiting until the guest answers, and starts sending.
 func StartCounter(ctx context.Context, o Options) (*Counter, error) {
-	o.fill()
-	conn, err := dialUntil(ctx, o.Dial, o.Addr)
+	ctx, conn, l, err := begin(ctx, &o)
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	c := &Counter{o: o, conn: conn, cancel: cancel, stop: make(chan struct{}), done: make(chan struct{})}
+	c := &Counter{life: l, o: o, conn: conn}
 	go c.run(ctx)
 	return c, nil
 }
@@ -156,21 +151,15 @@ func (c *Counter) fail(err error) {
 
 // Stop sends no more, waits for the answer that is due and closes the connection.
 func (c *Counter) Stop() CounterResult {
-	c.once.Do(func() { close(c.stop) })
-	<-c.done
-	c.cancel()
+	c.halt()
 	return c.Snapshot()
 }
 
 // Abort breaks off at once.
 func (c *Counter) Abort() CounterResult {
-	c.cancel()
-	<-c.done
+	c.abort()
 	return c.Snapshot()
 }
-
-// Done is closed when the counter has ended, by Stop or because the connection broke.
-func (c *Counter) Done() <-chan struct{} { return c.done }
 
 // Snapshot returns what was seen up to now.
 func (c *Counter) Snapshot() CounterResult {
@@ -196,15 +185,5 @@ func (c *Counter) Recent(i int) []time.Duration {
 
 // WaitOK waits until n more requests were answered.
 func (c *Counter) WaitOK(ctx context.Context, n int) error {
-	target := c.Snapshot().OK + n
-	for c.Snapshot().OK < target {
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("wait for %d answers: %w (%v)", n, context.Cause(ctx), c.Snapshot())
-		case <-c.done:
-			return fmt.Errorf("wait for %d answers: the connection ended: %v", n, c.Snapshot())
-		case <-time.After(5 * time.Millisecond):
-		}
-	}
-	return nil
+	return c.await(ctx, n, "answers", func() int { return c.Snapshot().OK }, func() string { return c.Snapshot().String() })
 }

@@ -16,11 +16,8 @@ import (
 // that were acknowledged. Where the connection breaks it connects again and
 // goes on with a new line; the one that was due then is uncertain.
 type Log struct {
-	o      Options
-	cancel context.CancelFunc
-	stop   chan struct{}
-	once   sync.Once
-	done   chan struct{}
+	*life
+	o Options
 
 	mu        sync.Mutex
 	acked     []string
@@ -61,13 +58,11 @@ func (r LogResult) String() string {
 
 // StartLog connects, waiting until the guest answers, and starts appending.
 func StartLog(ctx context.Context, o Options) (*Log, error) {
-	o.fill()
-	conn, err := dialUntil(ctx, o.Dial, o.Addr)
+	ctx, conn, life, err := begin(ctx, &o)
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	l := &Log{o: o, cancel: cancel, stop: make(chan struct{}), done: make(chan struct{}), uncertain: map[string]bool{}}
+	l := &Log{life: life, o: o, uncertain: map[string]bool{}}
 	go l.run(ctx, conn)
 	return l, nil
 }
@@ -145,16 +140,13 @@ func (l *Log) append(conn net.Conn, br *bufio.Reader, line string, start time.Ti
 
 // Stop appends no more and waits for the answer that is due.
 func (l *Log) Stop() LogResult {
-	l.once.Do(func() { close(l.stop) })
-	<-l.done
-	l.cancel()
+	l.halt()
 	return l.Snapshot()
 }
 
 // Abort breaks off at once; the line that is due becomes uncertain.
 func (l *Log) Abort() LogResult {
-	l.cancel()
-	<-l.done
+	l.abort()
 	return l.Snapshot()
 }
 
@@ -167,17 +159,7 @@ func (l *Log) Snapshot() LogResult {
 
 // WaitAcked waits until n more lines were acknowledged.
 func (l *Log) WaitAcked(ctx context.Context, n int) error {
-	target := l.Snapshot().Acked + n
-	for l.Snapshot().Acked < target {
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("wait for %d acknowledged lines: %w (%v)", n, context.Cause(ctx), l.Snapshot())
-		case <-l.done:
-			return fmt.Errorf("wait for %d acknowledged lines: ended: %v", n, l.Snapshot())
-		case <-time.After(5 * time.Millisecond):
-		}
-	}
-	return nil
+	return l.await(ctx, n, "acknowledged lines", func() int { return l.Snapshot().Acked }, func() string { return l.Snapshot().String() })
 }
 
 // Verify reads the whole log back and compares it with the ledger. Lines of
