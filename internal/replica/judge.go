@@ -22,7 +22,7 @@ func (c Copy) Crashed() bool { return c.Primary && !c.Clean }
 
 // whole reports whether the copy is a disk as it was at some time.
 func (c Copy) whole() bool {
-	return (c.State == model.UpToDate || c.State == model.Outdated) && c.Toward.IsZero()
+	return (c.State == model.UpToDate || c.State == model.Outdated) && c.Toward.IsZero() && !c.Discarded
 }
 
 // alone reports whether the copy has data of a line that was written without a peer.
@@ -143,6 +143,13 @@ func fill(src, dst Copy) Judgement {
 		// What the target had of its own is in the source's bitmap since before it
 		// was told to begin, and bits leave that only for what the target has durably.
 		j.Verdict, j.Row, j.ByBitmap, j.Resume = SourceByBitmap, "resync-interrupted", true, true
+	case dst.Discarded && dst.Toward.IsZero():
+		j.Row = "discarded" // by a person; unchanged since, so bitmaps may still tell the difference
+		if bothMarked(src, dst) {
+			j.Verdict, j.ByBitmap = SourceByBitmap, true
+		}
+	case dst.Toward.IsZero():
+		j.Row = "worthless" // marked so by hand, or by a release that kept no lineage
 	default:
 		j.Row = "filled-by-another" // some of its chunks are another source's
 	}

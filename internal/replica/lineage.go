@@ -16,8 +16,10 @@ import (
 // term, and where terms are handed out twice (a cluster store that was restored)
 // the run still differs, which is random.
 //
-// Two copies with the same generation differ at most in what was under way when
-// they were last together. The zero Generation is "nothing known".
+// Invariant: at most two whole copies bear one generation: the one that began
+// it, and the one peer that was with it since. They differ at most in what was
+// under way when they were last together, and in what the first one wrote since,
+// which is in its bitmap. The zero Generation is "nothing known".
 type Generation struct {
 	Term   model.Term     // of the grant under which the line was begun
 	Branch model.BranchID // of that grant; at most MaxName bytes
@@ -75,6 +77,9 @@ type Lineage struct {
 	// BaseEmpty: Base names a copy that held nothing (a full copy is under way),
 	// so it is not worth remembering.
 	BaseEmpty bool
+	// Discarded: a person gave this copy up, and it may be overwritten, whatever
+	// it holds. It is not whole any more, though nothing in it was changed yet.
+	Discarded bool
 }
 
 // past lists everything that is remembered of the past, newest first.
@@ -124,11 +129,18 @@ func (l Lineage) WriteAlone(g Generation) Lineage {
 
 // FillStarts is the source's side of a copy that cannot rest on a bitmap: from
 // now on the bitmap, all of whose bits are set first, is relative to the empty
-// copy that empty names. empty must be new (the standby's run is in it).
-func (l Lineage) FillStarts(empty Generation) Lineage {
+// copy that empty names. Both names must be new: the standby's run is in empty,
+// line is of the grant under which the copy is made.
+//
+// The source's line is renamed too: another copy may have reached the end of a
+// resync in the old one without this side hearing of it. Two copies that were
+// filled at different times must never bear one name.
+func (l Lineage) FillStarts(empty, line Generation) Lineage {
 	if !l.BaseEmpty {
 		l.remember(l.Base)
 	}
+	l.remember(l.Current)
+	l.Current = line
 	l.Base, l.BaseEmpty = empty, true
 	return l
 }
@@ -156,7 +168,7 @@ func (l Lineage) Filling(at, toward Generation) Lineage {
 		l.remember(l.Base)
 	}
 	l.Current, l.Toward = at, toward
-	l.Base, l.BaseEmpty, l.Primary = Generation{}, false, false
+	l.Base, l.BaseEmpty, l.Primary, l.Discarded = Generation{}, false, false, false
 	return l
 }
 
@@ -185,6 +197,7 @@ const (
 
 	flagPrimary   = 1
 	flagBaseEmpty = 2
+	flagDiscarded = 4
 )
 
 // ErrFormat says that bytes are no lineage, or a lineage cannot be encoded.
@@ -211,6 +224,9 @@ func (l Lineage) AppendTo(b []byte) []byte {
 	if l.BaseEmpty {
 		flags |= flagBaseEmpty
 	}
+	if l.Discarded {
+		flags |= flagDiscarded
+	}
 	b = binary.LittleEndian.AppendUint64(b, uint64(flags))
 	for _, g := range append([]Generation{l.Current, l.Base, l.Toward}, l.History[:]...) {
 		var names [2 * MaxName]byte
@@ -229,10 +245,10 @@ func DecodeLineage(b []byte) (Lineage, error) {
 		return l, fmt.Errorf("%d bytes, %d needed: %w", len(b), EncodedSize, ErrFormat)
 	}
 	flags := binary.LittleEndian.Uint64(b)
-	if flags&^(flagPrimary|flagBaseEmpty) != 0 {
+	if flags&^(flagPrimary|flagBaseEmpty|flagDiscarded) != 0 {
 		return l, fmt.Errorf("unknown flags %#x: %w", flags, ErrFormat)
 	}
-	l.Primary, l.BaseEmpty = flags&flagPrimary != 0, flags&flagBaseEmpty != 0
+	l.Primary, l.BaseEmpty, l.Discarded = flags&flagPrimary != 0, flags&flagBaseEmpty != 0, flags&flagDiscarded != 0
 	into := []*Generation{&l.Current, &l.Base, &l.Toward}
 	for i := range l.History {
 		into = append(into, &l.History[i])
