@@ -14,6 +14,7 @@
 package api
 
 import (
+	"cmp"
 	"time"
 
 	"perdure/internal/model"
@@ -145,20 +146,21 @@ type JoinReply struct {
 // VM is everything known of one virtual machine: what was asked for, what the
 // authority record says, and what the shims that hold it say now.
 type VM struct {
-	Name    string      `json:"name"`
-	UUID    string      `json:"uuid"`
-	Level   model.Level `json:"level" enum:"none,ha,ca,ft"`
-	VCPUs   int         `json:"vcpus"`
-	Memory  int64       `json:"memory" doc:"Bytes"`
-	CPU     string      `json:"cpu" doc:"QEMU CPU model with flags"`
-	Machine string      `json:"machine" doc:"Versioned machine type"`
-	Accel   string      `json:"accel" doc:"kvm or tcg"`
-	UEFI    bool        `json:"uefi"`
-	VNC     bool        `json:"vnc"`
-	Kernel  string      `json:"kernel,omitempty" doc:"File name of the kernel booted directly, for people"`
-	Initrd  string      `json:"initrd,omitempty"`
-	Append  string      `json:"append,omitempty"`
-	Created time.Time   `json:"created"`
+	Name    string       `json:"name"`
+	UUID    string       `json:"uuid"`
+	Level   model.Level  `json:"level" enum:"none,ha,ca,ft"`
+	VCPUs   int          `json:"vcpus"`
+	Memory  int64        `json:"memory" doc:"Bytes"`
+	CPU     string       `json:"cpu" doc:"QEMU CPU model with flags"`
+	Virtio  model.Virtio `json:"virtio" enum:"legacy,modern" doc:"Kind of the virtio devices"`
+	Machine string       `json:"machine" doc:"Versioned machine type"`
+	Accel   string       `json:"accel" doc:"kvm or tcg"`
+	UEFI    bool         `json:"uefi"`
+	VNC     bool         `json:"vnc"`
+	Kernel  string       `json:"kernel,omitempty" doc:"File name of the kernel booted directly, for people"`
+	Initrd  string       `json:"initrd,omitempty"`
+	Append  string       `json:"append,omitempty"`
+	Created time.Time    `json:"created"`
 
 	State  model.RunState `json:"state" doc:"What is known of the instance now; running is only said when its shim says so"`
 	Wanted model.Wanted   `json:"wanted" doc:"What a person, or the guest itself, wants"`
@@ -237,6 +239,7 @@ type CreateVM struct {
 	UEFI   bool           `json:"uefi,omitempty"`
 	VNC    bool           `json:"vnc,omitempty"`
 	CPU    string         `json:"cpu,omitempty" doc:"QEMU CPU model with flags; default: one that every host offers"`
+	Virtio model.Virtio   `json:"virtio,omitempty" enum:"legacy,modern" doc:"Kind of the virtio devices; default legacy, whose state is saved faster"`
 	FT     model.FTPolicy `json:"ft,omitzero" doc:"Zero fields mean the default"`
 	Host   string         `json:"host,omitempty" doc:"Host of the first replica; default: the host that is asked"`
 	Start  bool           `json:"start,omitempty" doc:"Start it as soon as it exists"`
@@ -360,7 +363,7 @@ type OperationList struct {
 func FromRecord(spec model.VMSpec, rec model.Record) VM {
 	vm := VM{
 		Name: spec.Name, UUID: spec.UUID, Level: spec.Level, VCPUs: spec.VCPUs, Memory: spec.Memory,
-		CPU: spec.CPU, Machine: spec.Machine, Accel: spec.Accel, UEFI: spec.UEFI, VNC: spec.VNC,
+		CPU: spec.CPU, Virtio: cmp.Or(spec.Virtio, model.VirtioLegacy), Machine: spec.Machine, Accel: spec.Accel, UEFI: spec.UEFI, VNC: spec.VNC,
 		Append: spec.Append, Created: spec.Created, FT: spec.FT,
 		State: model.StateUnknown, Wanted: rec.Wanted, Mode: rec.Mode,
 		Primary: rec.Primary.Host, PrimaryRun: rec.Primary.Run,

@@ -80,6 +80,13 @@ func (r *CreateVM) Validate() error {
 	if r.Memory%MemoryGrain != 0 {
 		return Errorf(Invalid, "memory %s (%d bytes) is not a multiple of 2MiB", FormatSize(r.Memory), r.Memory)
 	}
+	switch r.Virtio {
+	case "":
+		r.Virtio = model.VirtioLegacy
+	case model.VirtioLegacy, model.VirtioModern:
+	default:
+		return Errorf(Invalid, "virtio %q is not known; allowed are legacy and modern", r.Virtio)
+	}
 	if r.CPU != "" && !cpuRE.MatchString(r.CPU) {
 		return Errorf(Invalid, "cpu %q is no QEMU CPU model (name, then flags as ,+flag or ,-flag)", r.CPU)
 	}

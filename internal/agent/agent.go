@@ -49,7 +49,9 @@ type Machine struct {
 	Accel string // "kvm" or "tcg": the best that runs a 64-bit guest
 	Type  string // newest versioned machine type, "pc-q35-7.2"
 	TSCHz int64  // TSC frequency of its KVM guests, hertz; 0: unknown
-	CPU   string // default CPU model for guests under Accel; empty: a built-in one
+	// Sandbox says that QEMU's seccomp filter was tried and works.
+	Sandbox bool
+	CPU     string // default CPU model for guests under Accel; empty: a built-in one
 }
 
 // Options of an agent.

@@ -296,7 +296,7 @@ func (a *Agent) specOf(req api.CreateVM, m Machine) model.VMSpec {
 	s := model.VMSpec{
 		Name: req.Name, UUID: newUUID(), Level: req.Level, VCPUs: req.VCPUs, Memory: req.Memory,
 		Disks: []model.DiskSpec{}, NICs: []model.NICSpec{}, Append: req.Append, UEFI: req.UEFI, VNC: req.VNC,
-		Machine: m.Type, CPU: req.CPU, Accel: m.Accel, TSCHz: m.TSCHz, FT: req.FT, Created: time.Now().UTC().Truncate(time.Millisecond),
+		Machine: m.Type, CPU: req.CPU, Virtio: req.Virtio, Accel: m.Accel, TSCHz: m.TSCHz, FT: req.FT, Created: time.Now().UTC().Truncate(time.Millisecond),
 	}
 	oldest := m.QEMU
 	for _, h := range a.otherHosts(true) {

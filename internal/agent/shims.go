@@ -72,6 +72,9 @@ func (a *Agent) ready(ctx context.Context, spec model.VMSpec, rec model.Record) 
 		ALinkAddrs: a.cfg.ALinkAddrs(), CertFile: a.cfg.PKIPath("host.crt"), KeyFile: a.cfg.PKIPath("host.key"), CAFile: a.cfg.PKIPath("ca.crt"),
 		QEMU: a.cfg.QEMU,
 	}
+	if m := a.machine.Load(); m != nil { // else it has just started, and the older options do
+		sc.QEMUVersion, sc.Sandbox = m.QEMU, m.Sandbox
+	}
 	if spec.Kernel != nil {
 		sc.KernelPath = a.cfg.BlobPath(spec.Kernel.SHA256)
 	}

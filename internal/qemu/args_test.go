@@ -113,3 +113,11 @@ func TestArgsRefuse(t *testing.T) {
 		})
 	}
 }
+
+func TestParseVersion(t *testing.T) {
+	for s, want := range map[string]Version{"7.2.22": {7, 2, 22}, "10.0.2": {10, 0, 2}, "9.2": {9, 2, 0}, "": {}, "x.y": {}} {
+		if got := ParseVersion(s); got != want {
+			t.Errorf("%q: %v, want %v", s, got, want)
+		}
+	}
+}

@@ -1,6 +1,11 @@
 package qemu
 
-import "perdure/internal/model"
+import (
+	"strconv"
+	"strings"
+
+	"perdure/internal/model"
+)
 
 // Version is a version of QEMU.
 type Version struct{ Major, Minor, Micro int }
@@ -100,6 +105,18 @@ type Firmware struct {
 	Vars string // this VM's variables, raw, writable
 }
 
+// ParseVersion reads a version such as "7.2.22"; what is missing or no number is 0.
+func ParseVersion(s string) Version {
+	var v Version
+	p := strings.SplitN(s, ".", 3)
+	for i, n := range []*int{&v.Major, &v.Minor, &v.Micro} {
+		if i < len(p) {
+			*n, _ = strconv.Atoi(p[i])
+		}
+	}
+	return v
+}
+
 // FromSpec fills in what a VM's specification decides. The caller adds paths,
 // taps, Incoming, Sandbox and QEMU. Disks boot in the order
 // of the specification and export under their own names.
@@ -107,6 +124,7 @@ func FromSpec(s model.VMSpec) Machine {
 	m := Machine{
 		Name: s.Name, UUID: s.UUID, Type: s.Machine, Accel: s.Accel, CPU: s.CPU,
 		VCPUs: s.VCPUs, Memory: s.Memory, FT: s.Level == model.LevelFT, TSCHz: s.TSCHz, Append: s.Append,
+		ModernVirtio: s.Virtio == model.VirtioModern,
 	}
 	for i, d := range s.Disks {
 		m.Disks = append(m.Disks, Disk{ID: d.ID, Export: d.ID, BootIndex: i + 1})

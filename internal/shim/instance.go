@@ -214,6 +214,7 @@ func (i *instance) signalBound() {
 func (i *instance) machine(incoming bool) qemu.Machine {
 	m := qemu.FromSpec(i.cfg.Spec)
 	m.Incoming = incoming
+	m.Sandbox, m.QEMU = i.cfg.Sandbox, qemu.ParseVersion(i.cfg.QEMUVersion)
 	m.QMPPath = filepath.Join(i.cfg.Dir, "qmp.sock")
 	m.SerialPath = filepath.Join(i.cfg.Dir, "serial.sock")
 	m.AgentPath = filepath.Join(i.cfg.Dir, "agent.sock")

@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -456,7 +457,7 @@ func (pr *pair) sendLastDisk() error {
 // machineDigest names what the guest sees, as far as the specification decides it.
 func machineDigest(spec model.VMSpec) string {
 	var b strings.Builder
-	for _, s := range []string{spec.UUID, spec.Machine, spec.CPU, spec.Accel, strconv.Itoa(spec.VCPUs), strconv.FormatInt(spec.Memory, 10)} {
+	for _, s := range []string{spec.UUID, spec.Machine, spec.CPU, string(cmp.Or(spec.Virtio, model.VirtioLegacy)), spec.Accel, strconv.Itoa(spec.VCPUs), strconv.FormatInt(spec.Memory, 10)} {
 		b.WriteString(s + "|")
 	}
 	for _, d := range spec.Disks {

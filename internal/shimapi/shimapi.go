@@ -33,8 +33,10 @@ type Config struct {
 	CertFile    string       `json:"cert_file"`    // host certificate, PEM
 	KeyFile     string       `json:"key_file"`
 	CAFile      string       `json:"ca_file"`
-	QEMU        string       `json:"qemu"`        // path of qemu-system-x86_64
-	KernelPath  string       `json:"kernel_path"` // local path of the kernel blob, if any
+	QEMU        string       `json:"qemu"`                   // path of qemu-system-x86_64
+	QEMUVersion string       `json:"qemu_version,omitempty"` // of that program, "7.2.22"; empty: not known, the oldest supported is assumed
+	Sandbox     bool         `json:"sandbox,omitempty"`      // its seccomp filter was tried and works
+	KernelPath  string       `json:"kernel_path"`            // local path of the kernel blob, if any
 	InitrdPath  string       `json:"initrd_path"`
 }
 
