@@ -65,24 +65,25 @@ const (
 
 // Host is one member of the cluster.
 type Host struct {
-	Name         string          `json:"name"`
-	Role         HostRole        `json:"role" enum:"host,witness"`
-	State        HostState       `json:"state" enum:"alive,silent,unknown"`
-	Voter        bool            `json:"voter"`
-	Leader       bool            `json:"leader" doc:"Leads the cluster store"`
-	Addrs        []string        `json:"addrs" doc:"Addresses of its API, IP:port"`
-	ALinks       []ALink         `json:"alinks" doc:"Its availability links, in order"`
-	CPUs         int             `json:"cpus"`
-	MemoryTotal  int64           `json:"memory_total" doc:"Bytes"`
-	MemoryFree   int64           `json:"memory_free" doc:"Bytes left for further VMs"`
-	Accel        string          `json:"accel" doc:"Accelerator that runs a 64-bit guest here: kvm or tcg"`
-	QEMU         string          `json:"qemu" doc:"Version of QEMU; empty when there is none"`
-	Tracking     Tracking        `json:"tracking,omitempty" enum:"pending,proved,failed" doc:"Whether its dirty tracking, on which level ft rests, is proved; absent: not said (an older version, a witness)"`
-	TrackingText string          `json:"tracking_text,omitempty" doc:"What the proof found"`
-	Version      string          `json:"version" doc:"Version of Perdure"`
-	StateDir     string          `json:"state_dir"`
-	VMs          []string        `json:"vms" doc:"Names of the VMs whose primary or secondary sits here, by the records"`
-	Problems     []model.Problem `json:"problems"`
+	Name            string          `json:"name"`
+	Role            HostRole        `json:"role" enum:"host,witness"`
+	State           HostState       `json:"state" enum:"alive,silent,unknown"`
+	Voter           bool            `json:"voter"`
+	Leader          bool            `json:"leader" doc:"Leads the cluster store"`
+	Addrs           []string        `json:"addrs" doc:"Addresses of its API, IP:port"`
+	ALinks          []ALink         `json:"alinks" doc:"Its availability links, in order"`
+	CPUs            int             `json:"cpus"`
+	MemoryTotal     int64           `json:"memory_total" doc:"Bytes"`
+	MemoryFree      int64           `json:"memory_free" doc:"Bytes left for further VMs"`
+	Accel           string          `json:"accel" doc:"Accelerator that runs a 64-bit guest here: kvm or tcg"`
+	QEMU            string          `json:"qemu" doc:"Version of QEMU; empty when there is none"`
+	Tracking        Tracking        `json:"tracking,omitempty" enum:"pending,proved,failed" doc:"Whether its dirty tracking, on which level ft rests, is proved; absent: not said (an older version, a witness)"`
+	TrackingText    string          `json:"tracking_text,omitempty" doc:"What the proof found"`
+	Version         string          `json:"version" doc:"Version of Perdure"`
+	StateDir        string          `json:"state_dir"`
+	CertificateEnds time.Time       `json:"certificate_ends,omitzero" doc:"When its certificate ends; it is renewed by itself at half of its time"`
+	VMs             []string        `json:"vms" doc:"Names of the VMs whose primary or secondary sits here, by the records"`
+	Problems        []model.Problem `json:"problems"`
 }
 
 // Tracking is the state of a host's proof of dirty tracking.

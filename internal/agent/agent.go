@@ -91,6 +91,7 @@ type Agent struct {
 	machine   atomic.Pointer[Machine] // nil: not probed yet
 	tracking  atomic.Pointer[Proof]   // nil: not proved yet
 	member    membership
+	renewal   renewing // housekeep's own
 
 	mu      sync.Mutex
 	workers map[string]*worker

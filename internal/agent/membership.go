@@ -68,7 +68,7 @@ func (a *Agent) hostInfo() clusterstore.HostInfo {
 	total, free := meminfo()
 	info := clusterstore.HostInfo{
 		Name: a.cfg.Name, Role: string(a.cfg.Role), API: a.cfg.APIAddr(), ALinks: a.cfg.ALinkAddrs(), CPUs: runtime.NumCPU(),
-		MemoryTotal: total, MemoryFree: free, Version: a.opts.Version, StateDir: a.cfg.StateDir,
+		MemoryTotal: total, MemoryFree: free, Version: a.opts.Version, StateDir: a.cfg.StateDir, CertificateEnds: a.id.Expires().UTC(),
 	}
 	if m := a.machine.Load(); m != nil {
 		info.QEMU, info.Accel, info.Machine, info.CPU = m.QEMU, m.Accel, m.Type, m.CPU
@@ -117,10 +117,12 @@ func (a *Agent) housekeep(ctx context.Context) {
 				a.log.Debug("tokens cannot be swept", "error", err)
 			}
 		}
-		if left := time.Until(a.id.Expires()); left < 30*24*time.Hour {
-			a.log.Warn("the certificate of this host ends soon", "in", left.Round(time.Hour))
+		wait := time.Minute
+		if a.id.NeedsRenewal(now) {
+			a.renewCertificate(ctx, now)
+			wait = renewRetry
 		}
-		if !sleep(ctx, time.Minute) {
+		if !sleep(ctx, wait) {
 			return
 		}
 	}
@@ -383,7 +385,7 @@ func (a *Agent) Hosts(context.Context) ([]api.Host, error) {
 		m, isMember := members[h.Name]
 		v := api.Host{Name: h.Name, Role: api.HostRole(h.Role), State: api.HostUnknown, Voter: isMember && !m.Learner, Leader: m.Leader && quorum,
 			Addrs: []string{h.API}, ALinks: []api.ALink{}, CPUs: h.CPUs, MemoryTotal: h.MemoryTotal, MemoryFree: h.MemoryFree,
-			Accel: h.Accel, QEMU: h.QEMU, Tracking: api.Tracking(h.Tracking), TrackingText: h.TrackingText, Version: h.Version, StateDir: h.StateDir, VMs: append([]string{}, sits[h.Name]...)}
+			Accel: h.Accel, QEMU: h.QEMU, Tracking: api.Tracking(h.Tracking), TrackingText: h.TrackingText, Version: h.Version, StateDir: h.StateDir, CertificateEnds: h.CertificateEnds, VMs: append([]string{}, sits[h.Name]...)}
 		v.Problems = hostProblems(h)
 		switch {
 		case h.Name == a.cfg.Name:

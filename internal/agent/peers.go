@@ -182,7 +182,27 @@ func (a *Agent) peerHandler() http.Handler {
 		}
 		return struct{}{}, a.forgetVM(ctx, vm, f.UUID)
 	}))
+	mux.HandleFunc("POST /agent/v1/renew", a.hostCall(func(_ context.Context, from string, r *http.Request) (any, error) {
+		var req renewal
+		if err := json.NewDecoder(io.LimitReader(r.Body, 64<<10)).Decode(&req); err != nil {
+			return nil, err
+		}
+		cert, err := a.issueRenewal(from, []byte(req.CSR), time.Now())
+		return renewed{string(cert)}, err
+	}))
 	return mux
+}
+
+// hostCall serves a call that is about the calling host itself.
+func (a *Agent) hostCall(f func(ctx context.Context, from string, r *http.Request) (any, error)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		from, err := peerHost(r)
+		var v any
+		if err == nil {
+			v, err = f(r.Context(), from, r)
+		}
+		reply(w, v, err)
+	}
 }
 
 func (a *Agent) vmCall(f func(ctx context.Context, vm string, r *http.Request) (any, error)) http.HandlerFunc {
@@ -192,22 +212,27 @@ func (a *Agent) vmCall(f func(ctx context.Context, vm string, r *http.Request) (
 			return
 		}
 		v, err := f(r.Context(), vm, r)
-		if err == nil {
-			answer(w, v)
-			return
-		}
 		if errors.Is(err, clusterstore.ErrUnavailable) {
 			err = storeError(vm, err)
 		}
-		p := api.ProblemOf(err)
-		var e *api.Error
-		if !errors.As(err, &e) { // a plain reason for saying no
-			p.Class, p.Status = api.Refused, api.Refused.Info().Status
-		}
-		w.Header().Set("Content-Type", "application/problem+json")
-		w.WriteHeader(p.Status)
-		json.NewEncoder(w).Encode(p) //nolint:errcheck // the caller has gone
+		reply(w, v, err)
 	}
+}
+
+// reply answers another agent: v, or err as a problem.
+func reply(w http.ResponseWriter, v any, err error) {
+	if err == nil {
+		answer(w, v)
+		return
+	}
+	p := api.ProblemOf(err)
+	var e *api.Error
+	if !errors.As(err, &e) { // a plain reason for saying no
+		p.Class, p.Status = api.Refused, api.Refused.Info().Status
+	}
+	w.Header().Set("Content-Type", "application/problem+json")
+	w.WriteHeader(p.Status)
+	json.NewEncoder(w).Encode(p) //nolint:errcheck // the caller has gone
 }
 
 func peerHost(r *http.Request) (string, error) { return pki.PeerHost(r.TLS) }

@@ -43,8 +43,8 @@ func (a *Agent) servers(ctx context.Context) map[*http.Server]net.Listener {
 	local.Handle("/", rest)
 
 	lan := http.NewServeMux()
-	lan.Handle("/agent/", a.fromHosts(a.peerHandler()))
-	lan.Handle("/", rest)
+	lan.Handle("/agent/", a.noStrangers(a.fromHosts(a.peerHandler())))
+	lan.Handle("/", a.noStrangers(rest))
 
 	server := func(h http.Handler) *http.Server {
 		return &http.Server{
@@ -190,6 +190,18 @@ func (a *Agent) serveEvent(w http.ResponseWriter, r *http.Request) {
 }
 
 // fromHosts lets in callers only that showed a host's certificate.
+// noStrangers refuses a host that is not in the cluster any more; callers that
+// show no certificate are judged by what they ask for.
+func (a *Agent) noStrangers(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if from, err := peerHost(r); err == nil && a.stranger(from) {
+			http.Error(w, "host "+from+" is not in this cluster (any more)", http.StatusForbidden)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
 func (a *Agent) fromHosts(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if _, err := peerHost(r); err != nil {

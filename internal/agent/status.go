@@ -266,6 +266,11 @@ func hostProblems(h clusterstore.HostView) []model.Problem {
 	if h.Role == "host" && h.QEMU == "" {
 		out = append(out, model.Problem{Code: "no-qemu", Severity: model.Critical, Text: "no QEMU that can be used was found on " + h.Name, Action: "run perdure doctor there"})
 	}
+	if left := time.Until(h.CertificateEnds); !h.CertificateEnds.IsZero() && left < certificateWarn {
+		out = append(out, model.Problem{Code: "certificate-ends", Severity: model.Critical,
+			Text:   fmt.Sprintf("the certificate of %s ends on %s and could not be renewed", h.Name, h.CertificateEnds.Format(time.DateOnly)),
+			Action: "let a host that holds the authority's key run beside it; the log of its agent says why it was not renewed"})
+	}
 	if h.Tracking == clusterstore.TrackingFailed {
 		out = append(out, model.Problem{Code: "tracking-failed", Severity: model.Critical,
 			Text:   "no VM is protected at level ft on " + h.Name + ": the proof of dirty tracking failed: " + h.TrackingText,

@@ -53,6 +53,8 @@ type HostInfo struct {
 	// rests on; TrackingText is what the proof found.
 	Tracking     Tracking `json:"tracking,omitempty"`
 	TrackingText string   `json:"tracking_text,omitempty"`
+	// CertificateEnds is when the host's certificate does; it is renewed long before.
+	CertificateEnds time.Time `json:"certificate_ends,omitzero"`
 }
 
 // Tracking is the state of a host's proof of dirty tracking.

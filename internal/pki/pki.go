@@ -12,8 +12,8 @@
 // times are arguments.
 //
 // Not provided: revocation (a removed host keeps a valid certificate until it
-// expires; the cluster must stop listening to it by name), and rotation of the
-// authority itself.
+// expires; the cluster must stop listening to it by name), new keys for hosts (a
+// renewal is for the same key), and rotation of the authority itself.
 package pki
 
 import (
@@ -163,18 +163,22 @@ func NewRequest(name string) (key, csr []byte, err error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("generate host key: %w", err)
 	}
+	if csr, err = requestFor(k, name); err != nil {
+		return nil, nil, err
+	}
+	key, err = keyPEM(k)
+	return key, csr, err
+}
+
+func requestFor(k *ecdsa.PrivateKey, name string) ([]byte, error) {
 	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
 		Subject:  pkix.Name{CommonName: HostCN, SerialNumber: name},
 		DNSNames: []string{HostDNS(name)},
 	}, k)
 	if err != nil {
-		return nil, nil, fmt.Errorf("create certificate request: %w", err)
+		return nil, fmt.Errorf("create certificate request: %w", err)
 	}
-	key, err = keyPEM(k)
-	if err != nil {
-		return nil, nil, err
-	}
-	return key, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}), nil
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}), nil
 }
 
 // HostDNS is the name that the certificate of a host carries.

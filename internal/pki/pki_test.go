@@ -94,7 +94,7 @@ func TestMutualTLSByName(t *testing.T) {
 func TestWrongCAAndNoCertificate(t *testing.T) {
 	ca, other, now := mustCA(t), mustCA(t), time.Now()
 	a, evil := mustIdentity(t, ca, "a", now), mustIdentity(t, other, "b", now)
-	if _, serr, _ := talk(t, a.ServerTLS(false), &tls.Config{Certificates: evil.ClientTLS("a").Certificates, InsecureSkipVerify: true}); serr == nil {
+	if _, serr, _ := talk(t, a.ServerTLS(false), &tls.Config{GetClientCertificate: evil.ClientTLS("a").GetClientCertificate, InsecureSkipVerify: true}); serr == nil {
 		t.Fatal("a client of another authority was accepted")
 	}
 	if _, _, cerr := talk(t, evil.ServerTLS(true), a.ClientTLS("b")); cerr == nil {
@@ -212,4 +212,59 @@ func FuzzParseToken(f *testing.F) {
 	tok, _ := NewToken(strings.Repeat("ab", 32), []string{"10.0.0.1:7400"}, false, time.Now().Add(time.Hour))
 	f.Add(tok.String())
 	f.Fuzz(func(t *testing.T, s string) { _, _ = ParseToken(s, time.Now()) })
+}
+
+func TestRenew(t *testing.T) {
+	ca, now := mustCA(t), time.Now()
+	b := mustIdentity(t, ca, "b", now)
+	key, csr, err := NewRequest("a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	aged, err := ca.IssueHost(csr, "a", []net.IP{net.IPv4(127, 0, 0, 1)}, now.Add(-HostValidity*3/4))
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := NewIdentity(ca.CertPEM(), aged, key, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := a.ServerTLS(false) // made before the renewal
+	if !a.NeedsRenewal(now) || b.NeedsRenewal(now) {
+		t.Fatalf("needs renewal: a %v, b %v", a.NeedsRenewal(now), b.NeedsRenewal(now))
+	}
+	issue := func(id *Identity, name string) []byte {
+		t.Helper()
+		csr, err := id.Request()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cert, err := ca.IssueHost(csr, name, nil, now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return cert
+	}
+	for what, cert := range map[string][]byte{"another host's": issue(a, "b"), "for another key": issue(b, "a"), "rubbish": []byte("x")} {
+		if err := a.Renew(cert, now); err == nil {
+			t.Errorf("%s certificate was taken", what)
+		}
+	}
+	old := a.Expires()
+	if err := a.Renew(issue(a, "a"), now); err != nil || !a.Expires().After(old) || a.NeedsRenewal(now) {
+		t.Fatalf("renewed: %v, ends %v", err, a.Expires())
+	}
+	seen := time.Time{}
+	client := b.ClientTLS("a")
+	judge := client.VerifyConnection
+	client.VerifyConnection = func(cs tls.ConnectionState) error {
+		seen = cs.PeerCertificates[0].NotAfter
+		return judge(cs)
+	}
+	if _, serr, cerr := talk(t, server, client); serr != nil || cerr != nil {
+		t.Fatal(serr, cerr)
+	}
+	if !seen.Equal(a.Expires()) {
+		t.Errorf("a listener made before shows a certificate until %v, want %v", seen, a.Expires())
+	}
 }

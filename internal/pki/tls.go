@@ -1,20 +1,25 @@
 package pki
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 )
 
 // Identity is a host's certificate and key together with the authority it
-// trusts. Immutable.
+// trusts. All but the certificate is immutable; that is replaced by Renew, also
+// for the configurations that were made before.
 type Identity struct {
 	host  string
 	ca    *x509.Certificate
+	caPEM []byte
+	key   []byte
 	roots *x509.CertPool
-	cert  tls.Certificate
+	cert  atomic.Pointer[tls.Certificate]
 }
 
 // NewIdentity builds an identity from PEM forms and checks that they belong
@@ -45,7 +50,56 @@ func NewIdentity(caPEM, certPEM, keyPEM []byte, now time.Time) (*Identity, error
 	// but its fingerprint and has to see it to compare.
 	pair.Certificate = append(pair.Certificate, ca.Raw)
 	pair.Leaf = leaf
-	return &Identity{host: host, ca: ca, roots: roots, cert: pair}, nil
+	id := &Identity{host: host, ca: ca, caPEM: caPEM, key: keyPEM, roots: roots}
+	id.cert.Store(&pair)
+	return id, nil
+}
+
+// Request returns a certificate request, PEM, for the key that this host has
+// already: a renewal then changes one file, which cannot be torn.
+func (id *Identity) Request() ([]byte, error) {
+	k, err := parseKey(id.key)
+	if err != nil {
+		return nil, err
+	}
+	return requestFor(k, id.host)
+}
+
+// Renew takes a newer certificate of this host for the same key into use, after
+// checking it at time now. Connections that stand keep the old one.
+func (id *Identity) Renew(certPEM []byte, now time.Time) error {
+	next, err := NewIdentity(id.caPEM, certPEM, id.key, now)
+	switch {
+	case err != nil:
+		return fmt.Errorf("renew certificate: %w", err)
+	case next.host != id.host:
+		return fmt.Errorf("renew certificate: it is host %q's, not %q's", next.host, id.host)
+	case !next.Expires().After(id.Expires()):
+		return fmt.Errorf("renew certificate: the new one ends %s, not after the old one", next.Expires().Format(time.DateOnly))
+	}
+	id.cert.Store(next.cert.Load())
+	return nil
+}
+
+// Adopt takes the certificate of another identity of the same host and key into use.
+func (id *Identity) Adopt(other *Identity) {
+	if other.host == id.host && bytes.Equal(other.key, id.key) {
+		id.cert.Store(other.cert.Load())
+	}
+}
+
+// NeedsRenewal reports whether half of the certificate's time is over: so early
+// that a host which is off for years comes back with one that is still good.
+func (id *Identity) NeedsRenewal(now time.Time) bool {
+	leaf := id.cert.Load().Leaf
+	return leaf.NotAfter.Sub(now) < leaf.NotAfter.Sub(leaf.NotBefore)/2
+}
+
+// present has both ends of a connection show the certificate of that moment.
+func (id *Identity) present(c *tls.Config) *tls.Config {
+	c.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return id.cert.Load(), nil }
+	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return id.cert.Load(), nil }
+	return c
 }
 
 // Host is the host name in the certificate.
@@ -55,7 +109,7 @@ func (id *Identity) Host() string { return id.host }
 func (id *Identity) CAFingerprint() string { return fingerprint(id.ca) }
 
 // Expires is when the host certificate ends.
-func (id *Identity) Expires() time.Time { return id.cert.Leaf.NotAfter }
+func (id *Identity) Expires() time.Time { return id.cert.Load().Leaf.NotAfter }
 
 // ServerTLS is the configuration of a listener. A client certificate that is
 // shown must be a host's of this cluster. With optional set, a client may show
@@ -65,11 +119,10 @@ func (id *Identity) ServerTLS(optional bool) *tls.Config {
 	if optional {
 		auth = tls.VerifyClientCertIfGiven
 	}
-	return &tls.Config{
-		MinVersion:   tls.VersionTLS13,
-		Certificates: []tls.Certificate{id.cert},
-		ClientAuth:   auth,
-		ClientCAs:    id.roots,
+	return id.present(&tls.Config{
+		MinVersion: tls.VersionTLS13,
+		ClientAuth: auth,
+		ClientCAs:  id.roots,
 		VerifyConnection: func(cs tls.ConnectionState) error {
 			if len(cs.PeerCertificates) == 0 && optional {
 				return nil
@@ -77,18 +130,14 @@ func (id *Identity) ServerTLS(optional bool) *tls.Config {
 			_, err := PeerHost(&cs)
 			return err
 		},
-	}
+	})
 }
 
 // ClientTLS is the configuration of a connection to host: it must show a
 // certificate of this cluster that carries that host's name, whatever address
 // was dialled. With host empty, any host of the cluster will do.
 func (id *Identity) ClientTLS(host string) *tls.Config {
-	cfg := &tls.Config{
-		MinVersion:   tls.VersionTLS13,
-		Certificates: []tls.Certificate{id.cert},
-		RootCAs:      id.roots,
-	}
+	cfg := id.present(&tls.Config{MinVersion: tls.VersionTLS13, RootCAs: id.roots})
 	if host != "" {
 		cfg.ServerName = HostDNS(host)
 		cfg.VerifyConnection = func(cs tls.ConnectionState) error {

@@ -37,6 +37,28 @@ const (
 
 // peerTLS is this host's identity for both directions of a session.
 func peerTLS(cfg shimapi.Config) (*tls.Config, error) {
+	id, err := readIdentity(cfg)
+	if err != nil {
+		return nil, err
+	}
+	// The agent renews the certificate; a shim may live longer than one.
+	fresh := func() {
+		if now, err := readIdentity(cfg); err == nil && now.Expires().After(id.Expires()) {
+			id.Adopt(now)
+		}
+	}
+	conf := id.ServerTLS(false)
+	client := id.ClientTLS("")
+	conf.RootCAs = client.RootCAs
+	conf.InsecureSkipVerify = true // the name is checked by verifyHost, the chain by VerifyConnection
+	conf.VerifyConnection = client.VerifyConnection
+	server, own := conf.GetCertificate, conf.GetClientCertificate
+	conf.GetCertificate = func(h *tls.ClientHelloInfo) (*tls.Certificate, error) { fresh(); return server(h) }
+	conf.GetClientCertificate = func(h *tls.CertificateRequestInfo) (*tls.Certificate, error) { fresh(); return own(h) }
+	return conf, nil
+}
+
+func readIdentity(cfg shimapi.Config) (*pki.Identity, error) {
 	var pem [3][]byte
 	for n, f := range []string{cfg.CAFile, cfg.CertFile, cfg.KeyFile} {
 		b, err := os.ReadFile(f)
@@ -49,12 +71,7 @@ func peerTLS(cfg shimapi.Config) (*tls.Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read host identity: %w", err)
 	}
-	conf := id.ServerTLS(false)
-	client := id.ClientTLS("")
-	conf.RootCAs = client.RootCAs
-	conf.InsecureSkipVerify = true // the name is checked by verifyHost, the chain by VerifyConnection
-	conf.VerifyConnection = client.VerifyConnection
-	return conf, nil
+	return id, nil
 }
 
 // verifyHost lets only the shim of one host in; an empty name means any host
