@@ -288,6 +288,14 @@ func (c *Client) Host(ctx context.Context, name string) (Host, error) {
 	return get[Host](ctx, c, "/hosts/"+url.PathEscape(name))
 }
 
+// RemoveHost takes a host that does not come back out of the cluster.
+func (c *Client) RemoveHost(ctx context.Context, name string) error {
+	if err := CheckName("host", name); err != nil {
+		return err
+	}
+	return c.do(ctx, http.MethodDelete, "/hosts/"+url.PathEscape(name), nil, nil)
+}
+
 // CreateToken makes a join token.
 func (c *Client) CreateToken(ctx context.Context, req CreateToken) (Token, error) {
 	var t Token

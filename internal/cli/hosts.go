@@ -18,7 +18,51 @@ func (a *app) hostCommand() *cobra.Command {
 	c.AddCommand(
 		&cobra.Command{Use: "list", Aliases: []string{"ls"}, Short: "List the hosts and the witness", Args: args(), RunE: a.call(a.hostList)},
 		&cobra.Command{Use: "show NAME", Short: "Show one host", Args: args("NAME"), RunE: a.call(a.hostShow), ValidArgsFunction: a.completeHosts},
+		a.hostRemoveCommand(),
 	)
+	return c
+}
+
+func (a *app) hostRemoveCommand() *cobra.Command {
+	var yes bool
+	c := &cobra.Command{Use: "remove NAME", Aliases: []string{"rm"}, Short: "Take a host that does not come back out of the cluster", Args: args("NAME"), ValidArgsFunction: a.completeHosts,
+		Long: `Takes a host or the witness that is off for good out of the cluster: it does not
+vote any more, its certificate is not accepted any more, and copies on it that
+nobody may start from are forgotten. Refused, with the reason, while a VM still
+needs the host or the rest would be no majority. Afterwards a new machine may
+join under the same name. Asks first on a terminal.`}
+	c.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
+	c.RunE = a.call(func(ctx context.Context, cl *api.Client, given []string) error {
+		name := given[0]
+		h, err := cl.Host(ctx, name)
+		if err != nil {
+			return err
+		}
+		if a.inTTY && !yes {
+			answer, err := a.ask(ctx, fmt.Sprintf("Remove %s %s from the cluster for good? [y/N] ", h.Role, name))
+			if err != nil {
+				return err
+			}
+			if s := strings.ToLower(answer); s != "y" && s != "yes" {
+				return api.Errorf(api.Refused, "not confirmed; nothing was removed")
+			}
+		}
+		if err := cl.RemoveHost(ctx, name); err != nil {
+			return err
+		}
+		a.say("%s: removed", name)
+		if a.machine() {
+			return nil
+		}
+		fmt.Fprintf(a.err, "To put another machine in its place:\n")
+		if h.Role == api.RoleWitness {
+			fmt.Fprintf(a.err, "  1. here:  perdure token create --witness\n  2. there: perdure witness --join TOKEN --name %s --address IP\n", name)
+			return nil
+		}
+		fmt.Fprintf(a.err, "  1. here:  perdure token create\n  2. there: perdure join TOKEN --name %s --address IP%s\n  3. there: perdure agent\nVMs of level ft that lack their second copy are then protected by themselves.\n",
+			name, strings.Repeat(" --alink IP", len(h.ALinks)))
+		return nil
+	})
 	return c
 }
 

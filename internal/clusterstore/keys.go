@@ -115,6 +115,14 @@ func (s *Store) PutHost(ctx context.Context, h HostInfo) error {
 	return nil
 }
 
+// DeleteHost forgets what a host has published.
+func (s *Store) DeleteHost(ctx context.Context, name string) error {
+	if _, err := s.txn(ctx, nil, []clientv3.Op{clientv3.OpDelete(hostDir + name)}); err != nil {
+		return fmt.Errorf("forget host %q: %w", name, err)
+	}
+	return nil
+}
+
 // Host reads a host's own words linearizably; ErrNotFound where there is none.
 func (s *Store) Host(ctx context.Context, name string) (HostInfo, error) {
 	var h HostInfo

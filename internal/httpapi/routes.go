@@ -60,6 +60,16 @@ func (s *Server) registerCluster(h huma.API) {
 			v, err := s.svc.Host(ctx, in.Name)
 			return &body[api.Host]{v}, err
 		})
+	remove := op(http.MethodDelete, "/hosts/{name}", "removeHost", tag, "Take a host that does not come back out of the cluster")
+	remove.DefaultStatus = http.StatusNoContent
+	register(s, h, remove, func(ctx context.Context, in *struct {
+		Name string `path:"name"`
+	}) (*none, error) {
+		if err := api.CheckName("host", in.Name); err != nil {
+			return nil, err
+		}
+		return nil, s.svc.RemoveHost(ctx, in.Name)
+	})
 	register(s, h, op(http.MethodPost, "/tokens", "createToken", tag, "Make a join token"),
 		func(ctx context.Context, in *withBody[api.CreateToken]) (*body[api.Token], error) {
 			if err := in.Body.Validate(); err != nil {

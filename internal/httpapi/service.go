@@ -30,6 +30,9 @@ type ClusterService interface {
 	Hosts(ctx context.Context) ([]api.Host, error)
 	// Host returns one member; api.NotFound otherwise.
 	Host(ctx context.Context, name string) (api.Host, error)
+	// RemoveHost takes a host that does not come back out of the cluster;
+	// api.Refused says what it is still needed for.
+	RemoveHost(ctx context.Context, name string) error
 	// CreateToken makes a join token.
 	CreateToken(ctx context.Context, req api.CreateToken) (api.Token, error)
 	// Join lets a machine in that shows a valid token; api.Forbidden otherwise.

@@ -146,6 +146,24 @@ func (f *Fake) Host(_ context.Context, name string) (api.Host, error) {
 	return *h, nil
 }
 
+// RemoveHost implements httpapi.Service.
+func (f *Fake) RemoveHost(_ context.Context, name string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.called("RemoveHost", name); err != nil {
+		return err
+	}
+	h, err := f.host(name)
+	if err != nil {
+		return err
+	}
+	if h.State == api.HostAlive {
+		return api.Errorf(api.Refused, "host %s is alive", name)
+	}
+	f.HostList = slices.DeleteFunc(f.HostList, func(h api.Host) bool { return h.Name == name })
+	return nil
+}
+
 // CreateToken implements httpapi.Service.
 func (f *Fake) CreateToken(_ context.Context, req api.CreateToken) (api.Token, error) {
 	f.mu.Lock()
