@@ -90,6 +90,9 @@ func formatMessage(m Message) string {
 		if m.Full {
 			s += ", full"
 		}
+		if m.Compare {
+			s += ", comparing digests"
+		}
 	case MsgLast:
 		s += ", " + FormatLineage(m.Lineage)
 	case MsgRefuse:

@@ -118,7 +118,8 @@ var messageNames = []string{"", "ask", "marks", "begin", "ready", "last", "whole
 type Message struct {
 	Kind       MessageKind
 	At, Toward Generation // MsgBegin
-	Full       bool       // MsgBegin: nothing of the target's data is used
+	Full       bool       // MsgBegin: nothing of the target's data is relied on
+	Compare    bool       // MsgBegin, Full: its data is kept, and digests tell what is equal
 	Lineage    Lineage    // MsgLast: the source's
 	Row        string     // MsgRefuse: why
 }

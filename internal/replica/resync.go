@@ -176,7 +176,7 @@ func (m *Machine) onBegin(msg Message) []Action {
 		acts = append(acts, ActLosing{m.copy})
 	}
 	marks := MarksClear
-	if msg.Full {
+	if msg.Full && !msg.Compare {
 		marks = MarksWipe
 	}
 	m.phase = PhaseTurn
@@ -204,7 +204,9 @@ func (m *Machine) onPersisted() []Action {
 		return append(m.setRule(RuleAlone), m.follow()...)
 	case PhaseMerge:
 		m.phase = PhaseReady
-		return []Action{ActSend{Message{Kind: MsgBegin, At: m.copy.Base, Toward: m.copy.Current, Full: m.copy.BaseEmpty && !m.judge.ByBitmap}}}
+		full := m.copy.BaseEmpty && !m.judge.ByBitmap
+		return []Action{ActSend{Message{Kind: MsgBegin, At: m.copy.Base, Toward: m.copy.Current, Full: full,
+			Compare: full && !m.hello.Copy.Current.IsZero()}}}
 	case PhaseSettle:
 		m.phase = PhasePair
 		return []Action{ActWhole{}}
