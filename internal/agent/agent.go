@@ -91,6 +91,7 @@ type Agent struct {
 	machine   atomic.Pointer[Machine] // nil: not probed yet
 	tracking  atomic.Pointer[Proof]   // nil: not proved yet
 	member    membership
+	links     alinks
 	renewal   renewing // housekeep's own
 
 	mu      sync.Mutex
@@ -250,7 +251,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	servers := a.servers(ctx)
 	loops := []func(context.Context){a.publish, a.keepAlive, a.housekeep}
 	if a.cfg.Role == config.RoleHost {
-		loops = append(loops, a.probe, a.manage)
+		loops = append(loops, a.probe, a.manage, a.watchALinks)
 	}
 	for _, f := range loops {
 		a.wg.Go(func() { f(ctx) })

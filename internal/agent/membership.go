@@ -397,7 +397,11 @@ func (a *Agent) Hosts(context.Context) ([]api.Host, error) {
 			v.State = api.HostSilent
 		}
 		for _, l := range h.ALinks {
-			v.ALinks = append(v.ALinks, api.ALink{Addr: l})
+			link := api.ALink{Addr: l}
+			if st, ok := a.links.of(l); ok && h.Name != a.cfg.Name {
+				link.Up, link.RTTMS = &st.up, float64(st.rtt.Microseconds())/1000
+			}
+			v.ALinks = append(v.ALinks, link)
 		}
 		out = append(out, v)
 	}
