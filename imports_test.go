@@ -102,6 +102,8 @@ func table() map[string]row {
 
 		"internal/lab":          {surfaces, append(down("internal/config"), sys, edge{"api", "it asks agents whether they are up"}, edge{"github.com/vishvananda/netlink", "virtual switches and links"}, edge{"github.com/vishvananda/netns", "each host is a network namespace"})},
 		"internal/lab/guest":    {surfaces, []edge{sys}},
+		"internal/lab/bootdisk": {surfaces, nil},
+		"internal/lab/distro":   {surfaces, []edge{sys, {"internal/lab/bootdisk", "its disk boots by itself"}}},
 		"internal/lab/guestsvc": {surfaces, []edge{sys}},
 		"internal/lab/demo": {surfaces, []edge{sys, {"api", "it follows the VM's events"}, {"internal/client", "it keeps the books about requests"}, {"internal/lab", "it needs hosts"},
 			{"internal/lab/guest", "and a guest"}, {"internal/lab/guestsvc", "and its services"}, {"golang.org/x/term", "the live timeline"}}},

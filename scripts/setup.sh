@@ -32,7 +32,19 @@ want util-linux nsenter
 want zstd zstd
 want xz-utils xz
 want procps ps
-[ "${1:-}" != --soak ] || want debootstrap debootstrap
+want grub-common grub-mkimage
+want dosfstools mkfs.fat
+want mtools mcopy
+# wantfile PACKAGE FILE…: the package is needed unless one of the files is there
+wantfile() { local pkg=$1 f; shift; for f; do [ ! -e "$f" ] || return 0; done; need+=("$pkg"); }
+wantfile grub-pc-bin /usr/lib/grub/i386-pc/normal.mod
+wantfile grub-efi-amd64-bin /usr/lib/grub/x86_64-efi/normal.mod
+wantfile ovmf /usr/share/OVMF/OVMF_CODE_4M.fd /usr/share/OVMF/OVMF_CODE.fd /usr/share/edk2/x64/OVMF_CODE.4m.fd /usr/share/edk2/ovmf/OVMF_CODE.fd /usr/share/qemu/ovmf-x86_64-4m-code.bin
+if [ "${1:-}" = --soak ]; then
+	want debootstrap debootstrap
+	wantfile debian-archive-keyring /usr/share/keyrings/debian-archive-keyring.gpg
+	want gpgv gpgv
+fi
 if command -v busybox >/dev/null 2>&1 && ! busybox 2>/dev/null | head -n 1 | grep -q .; then need+=(busybox-static); fi
 [ ${#need[@]} -gt 0 ] || exit 0
 

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 
@@ -31,20 +32,31 @@ type disk struct {
 	mounted  bool
 }
 
-var diskDevs = []struct{ dev, dir string }{{"/dev/vda", "/data"}, {"/dev/vdb", "/data1"}}
+// mountPoints are those of the first disks that hold data. A disk with
+// partitions is what the guest was booted from, and left alone.
+var (
+	mountPoints = []string{"/data", "/data1"}
+	diskNames   = []string{"vda", "vdb", "vdc"}
+)
 
 // mountDisks makes a file system where a disk is blank, replays the journal,
 // checks and mounts. What fails is said on the console and in BootCheck.
 func (m *machine) mountDisks() {
-	for _, d := range diskDevs {
-		if _, err := os.Stat(d.dev); err != nil {
+	for _, name := range diskNames {
+		if len(m.disks) == len(mountPoints) {
+			return
+		}
+		k := disk{dev: "/dev/" + name, dir: mountPoints[len(m.disks)]}
+		if _, err := os.Stat(k.dev); err != nil {
 			continue
 		}
-		k := disk{dev: d.dev, dir: d.dir}
-		check, err := prepareDisk(d.dev, d.dir)
+		if parts, _ := filepath.Glob("/sys/block/" + name + "/" + name + "[0-9]*"); len(parts) > 0 {
+			continue
+		}
+		check, err := prepareDisk(k.dev, k.dir)
 		if err != nil {
 			k.check = "FAILED: " + err.Error()
-			fmt.Printf("disk %s: %v\n", d.dev, err)
+			fmt.Printf("disk %s: %v\n", k.dev, err)
 		} else {
 			k.check, k.mounted = check, true
 		}

@@ -165,12 +165,8 @@ func (a *Agent) planVM(ctx context.Context, req api.CreateVM) (_ *plan, err erro
 	if err != nil {
 		return nil, err
 	}
-	if req.UEFI {
-		reason := "it is not available in this release"
-		if req.Level == model.LevelFT {
-			reason = "the variable store would not be part of the checkpoints, so a takeover could meet other variables than the guest had written"
-		}
-		return nil, api.Errorf(api.Refused, "UEFI for VM %q of level %s is refused: %s", req.Name, req.Level, reason)
+	if err := a.checkUEFI(req); err != nil {
+		return nil, err
 	}
 	if req.Level == model.LevelFT {
 		if err := a.checkTracking(); err != nil {

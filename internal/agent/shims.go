@@ -81,6 +81,9 @@ func (a *Agent) ready(ctx context.Context, spec model.VMSpec, rec model.Record) 
 	if spec.Initrd != nil {
 		sc.InitrdPath = a.cfg.BlobPath(spec.Initrd.SHA256)
 	}
+	if err := a.setFirmware(spec, &sc); err != nil {
+		return err
+	}
 	data, err := json.MarshalIndent(sc, "", "  ")
 	if err != nil {
 		return fmt.Errorf("write shim configuration: %w", err)

@@ -91,6 +91,7 @@ func build(ctx context.Context, cfg shimapi.Config, incoming bool, lock *os.File
 		{"mount guest memory", func() error { return i.mountRAM(ctx, lock, helper) }},
 		{"open disks", func() error { return i.openDisks(incoming) }},
 		{"listen for character devices", i.listenPorts},
+		{"make UEFI variables", i.makeNVRAM},
 		{"start QEMU", func() error { return i.start(ctx, incoming, lock) }},
 		{"attach to guest memory", i.attachRAM},
 		{"divert output", func() error { return i.divert(ctx) }},
@@ -203,6 +204,23 @@ func (i *instance) listenPorts() error {
 	return nil
 }
 
+// makeNVRAM gives a VM with UEFI its variables, once: they hold what its
+// operating system wrote about how it boots.
+func (i *instance) makeNVRAM() error {
+	if i.cfg.FirmwareCode == "" {
+		return nil
+	}
+	path := filepath.Join(i.cfg.Dir, shimapi.NVRAMFile)
+	if _, err := os.Stat(path); err == nil || !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	b, err := os.ReadFile(i.cfg.FirmwareVars)
+	if err != nil {
+		return err
+	}
+	return vfs.ReplaceFile(vfs.OS{}, path, b)
+}
+
 func (i *instance) signalBound() {
 	select {
 	case i.bound <- struct{}{}:
@@ -221,6 +239,9 @@ func (i *instance) machine(incoming bool) qemu.Machine {
 	m.Kernel, m.Initrd, m.Append = i.cfg.KernelPath, i.cfg.InitrdPath, i.cfg.Spec.Append
 	if i.cfg.Spec.VNC {
 		m.VNCPath = filepath.Join(i.cfg.Dir, "vnc.sock")
+	}
+	if i.cfg.FirmwareCode != "" {
+		m.Firmware = &qemu.Firmware{Code: i.cfg.FirmwareCode, Vars: filepath.Join(i.cfg.Dir, shimapi.NVRAMFile)}
 	}
 	if i.ram != nil {
 		m.MemPath = i.ram.Path()

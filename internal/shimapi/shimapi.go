@@ -19,6 +19,7 @@ const (
 	PIDFile    = "shim.pid" // pid of the shim, for the agent's pidfd
 	LogFile    = "shim.log"
 	DiskDir    = "disks"
+	NVRAMFile  = "nvram.fd" // the UEFI variables of a VM that has UEFI
 )
 
 // Config tells a shim who it is. It is written atomically by the agent and
@@ -38,6 +39,11 @@ type Config struct {
 	Sandbox     bool         `json:"sandbox,omitempty"`      // its seccomp filter was tried and works
 	KernelPath  string       `json:"kernel_path"`            // local path of the kernel blob, if any
 	InitrdPath  string       `json:"initrd_path"`
+
+	// With UEFI: the firmware's code, and the variables that a VM begins with.
+	// Both are empty without.
+	FirmwareCode string `json:"firmware_code,omitempty"`
+	FirmwareVars string `json:"firmware_vars,omitempty"`
 }
 
 // Endpoint is where the shim of a VM on one host listens for its peer; shims
