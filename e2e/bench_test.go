@@ -182,19 +182,29 @@ func (b *bench) idle(w *World) {
 	b.atMost("pause, idle, 4 GiB over 256 MiB", p50[1]/p50[0], 1.3, "x", "")
 }
 
+// dirty measures the pause under a load that dirties some 2,000 pages in each
+// epoch: it writes into each page of 8 MiB, again and again, without a break. The
+// quantiles of vm show are those of the last 1,024 checkpoints, so that many have
+// to pass before they speak of nothing but the load.
 func (b *bench) dirty(w *World) {
+	const window = 1024
 	v := w.CreateVM(VMOptions{Append: "perdure.tick=0"}).Protected()
 	v.settle()
-	v.Say(fmt.Sprintf("dirty 80 %d 64", *benchSeconds+30))
+	v.Say("dirty 0 600 8")
 	start := v.Show().Checkpoint.Count
-	w.Eventually(5*time.Minute, "checkpoints under load", func() error {
-		if n := v.Show().Checkpoint.Count - start; n < 100 {
-			return fmt.Errorf("%d of 100", n)
+	w.Eventually(8*time.Minute, "checkpoints under load", func() error {
+		if n := v.Show().Checkpoint.Count - start; n < window {
+			return fmt.Errorf("%d of %d", n, window)
 		}
 		return nil
 	})
 	cp := v.Show().Checkpoint
-	b.atMost("pause, dirtying 80 MB/s, median", cp.PauseMS.P50, 8, "ms", fmt.Sprintf("%.0f dirty pages p50, interval %.0f ms", cp.DirtyPages.P50, cp.IntervalMS))
+	detail := fmt.Sprintf("%.0f dirty pages p50, interval %.0f ms; of the pause the flush takes %.1f ms, the devices %.1f; p99 %.1f ms", cp.DirtyPages.P50, cp.IntervalMS, cp.Phases.Flush, cp.Phases.Save, cp.PauseMS.P99)
+	name := "pause, 2,000 dirty pages per epoch"
+	if cp.DirtyPages.P50 < 1900 {
+		name = fmt.Sprintf("pause, %.0f dirty pages per epoch (2,000 not reached)", cp.DirtyPages.P50)
+	}
+	b.atMost(name+", median", cp.PauseMS.P50, 8, "ms", detail)
 }
 
 func (b *bench) requestResponse(w *World) {

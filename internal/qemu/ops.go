@@ -180,3 +180,21 @@ func (q *QMP) QueryDisks(ctx context.Context) (map[string]DiskState, error) {
 	}
 	return m, nil
 }
+
+// PortOpen reports whether the guest has the guest agent's port open, that is,
+// whether an agent runs in it.
+func (q *QMP) PortOpen(ctx context.Context) (bool, error) {
+	var devs []struct {
+		Label string `json:"label"`
+		Open  bool   `json:"frontend-open"`
+	}
+	if err := q.query(ctx, "query-chardev", nil, &devs); err != nil {
+		return false, err
+	}
+	for _, d := range devs {
+		if d.Label == "agent0" {
+			return d.Open, nil
+		}
+	}
+	return false, nil
+}

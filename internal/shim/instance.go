@@ -29,21 +29,24 @@ const startTimeout = 2 * time.Minute
 
 // instance is one QEMU with everything around it. It decides nothing.
 type instance struct {
-	cfg     shimapi.Config
-	log     *slog.Logger
-	ft      bool // memory on FUSE, output diverted
-	ram     *guestmem.RAM
-	proc    *qemu.Process
-	qmp     *qemu.QMP
-	serial  *chardev.Port
-	gagent  *chardev.Port
-	nics    []*netbuf.Diverter
-	stores  []*blockstore.Store
-	vols    []*blockstore.Volume
-	taps    []string
-	undo    []func()
-	bound   chan struct{} // held output crossed its bound
-	devices []byte        // buffer of the last saved device state
+	cfg    shimapi.Config
+	log    *slog.Logger
+	ft     bool // memory on FUSE, output diverted
+	ram    *guestmem.RAM
+	proc   *qemu.Process
+	qmp    *qemu.QMP
+	serial *chardev.Port
+	gagent *chardev.Port
+	// agentUse is held for reading by those outside who are connected to the
+	// guest agent, and for writing while the shim itself talks to it.
+	agentUse sync.RWMutex
+	nics     []*netbuf.Diverter
+	stores   []*blockstore.Store
+	vols     []*blockstore.Volume
+	taps     []string
+	undo     []func()
+	bound    chan struct{} // held output crossed its bound
+	devices  []byte        // buffer of the last saved device state
 
 	closeOnce sync.Once
 
@@ -323,15 +326,22 @@ func (i *instance) close() {
 	})
 }
 
-// noteRunning keeps the account of guest time.
-func (i *instance) noteRunning(on bool) {
+// noteRunning keeps the account of guest time, and returns how long the guest
+// had stood still.
+func (i *instance) noteRunning(on bool) (stood time.Duration) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	now := time.Now()
-	if i.running {
+	switch {
+	case i.running:
 		i.ran += now.Sub(i.since)
+	case !on:
+		return 0 // still standing, since the same moment
+	case !i.since.IsZero():
+		stood = now.Sub(i.since)
 	}
 	i.running, i.since = on, now
+	return stood
 }
 
 // guestTime is how long the guest's CPUs have been let run on this host.

@@ -60,6 +60,7 @@ type primary struct {
 	kept        []netbuf.Frames // output that leaves as soon as the guest runs: of a hand-over, by NIC
 
 	latency atomic.Int64 // commit latency measured last, for the pacer
+	timing  atomic.Bool  // the guest's clock is being set right
 	ended   sync.Once
 	mu      sync.Mutex // guards what others read
 	state   model.RunState
@@ -310,8 +311,11 @@ func (p *primary) resume() error {
 		p.s.tl.solved("held")
 	}
 	p.standing = ""
-	p.inst.noteRunning(true)
+	stood := p.inst.noteRunning(true)
 	p.setState(model.StateRunning)
+	if p.started && stood > timeStood {
+		p.keepTime("a stop")
+	}
 	return nil
 }
 

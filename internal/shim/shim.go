@@ -340,6 +340,8 @@ func (s *Shim) attachAgent(rw io.ReadWriteCloser) {
 	if p == nil || p.inst.gagent == nil {
 		return
 	}
+	p.inst.agentUse.RLock() // waits for seconds at most, see setTime
+	defer p.inst.agentUse.RUnlock()
 	if err := p.inst.gagent.Attach(s.ctx, rw, false); err != nil && s.ctx.Err() == nil {
 		s.log.Info("guest-agent client left", "error", err)
 	}

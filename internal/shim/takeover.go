@@ -116,6 +116,7 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 	s.tl.add("takeover", c.epoch, time.Since(start), "the VM goes on here as of epoch %d (applied in %.1f ms, loaded and running in %.1f ms)",
 		c.epoch, ms(applied.Sub(start)), ms(time.Since(applied)))
 	p.announce(announceFor)
+	p.keepTime("the takeover")
 	st.retire()
 	if err := markReplicas(s, st.inst.stores, model.UpToDate, a.Term, st.next); err != nil {
 		s.log.Error("mark replicas", "error", err)

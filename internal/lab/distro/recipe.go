@@ -10,7 +10,7 @@ import (
 const suite = "bookworm"
 
 // packages are installed besides the smallest set.
-var packages = []string{"linux-image-cloud-amd64", "initramfs-tools", "zstd", "systemd-sysv", "udev", "kmod", "iproute2", "util-linux-extra", "e2fsprogs", "postgresql", "qemu-guest-agent"}
+var packages = []string{"linux-image-cloud-amd64", "initramfs-tools", "zstd", "systemd-sysv", "dbus", "udev", "kmod", "iproute2", "util-linux-extra", "e2fsprogs", "postgresql", "qemu-guest-agent"}
 
 // recipeFiles are written over the installed system; an empty one masks a unit
 // that would only take time from a guest that is emulated.

@@ -30,6 +30,8 @@ func (s *Server) ServeAgent(rw io.ReadWriter) {
 	})
 }
 
+var agentCommands = []string{"guest-sync", "guest-sync-delimited", "guest-ping", "guest-info", "guest-get-time", "guest-set-time", "guest-shutdown"}
+
 type agentReply map[string]any
 
 func agentError(format string, args ...any) agentReply {
@@ -56,7 +58,11 @@ func (s *Server) agentCommand(line []byte) (reply agentReply, prefix string) {
 	case "guest-ping":
 		return agentReply{"return": struct{}{}}, ""
 	case "guest-info":
-		return agentReply{"return": map[string]any{"version": "perdure-guest", "supported_commands": []any{}}}, ""
+		var all []any
+		for _, c := range agentCommands {
+			all = append(all, map[string]any{"name": c, "enabled": true})
+		}
+		return agentReply{"return": map[string]any{"version": "perdure-guest", "supported_commands": all}}, ""
 	case "guest-get-time":
 		return agentReply{"return": time.Now().UnixNano()}, ""
 	case "guest-set-time":
