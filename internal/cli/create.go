@@ -134,7 +134,7 @@ command undoes what it has made.`,
 	f.StringVar(&kernel, "kernel", "", "Linux kernel `FILE` to boot directly")
 	f.StringVar(&initrd, "initrd", "", "its initial RAM disk, `FILE`")
 	f.StringVar(&req.Append, "append", "", "its command line, `TEXT`")
-	f.BoolVar(&req.UEFI, "uefi", false, "UEFI firmware instead of BIOS")
+	f.BoolVar(&req.UEFI, "uefi", false, "UEFI firmware (OVMF, package ovmf) instead of BIOS; level none only")
 	f.StringVar((*string)(&req.Virtio), "virtio", "", "`KIND` of the virtio devices, legacy or modern (default legacy: checkpoints are faster; modern for guests that drive nothing else)")
 	f.StringVar(&req.CPU, "cpu", "", "CPU `MODEL` of QEMU with flags (default: one that every host offers)")
 	f.BoolVar(&req.VNC, "vnc", false, "virtio-gpu display, reached by VNC (default: no display)")
