@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -124,7 +125,7 @@ func TestImageProtected(t *testing.T) {
 }
 
 // TestUEFI imports a qcow2 and boots it by UEFI at level none. The firmware's
-// variables are the VM's own, and last.
+// variables are the VM's own, and last. The guest's clock is set after a pause.
 func TestUEFI(t *testing.T) {
 	w := Start(t)
 	v := w.createFrom("none", "qcow2", 0, func(r *api.CreateVM) { r.UEFI = true })
@@ -138,6 +139,7 @@ func TestUEFI(t *testing.T) {
 	if !bytes.Contains(first, utf16("Boot0000")) { // what it found to boot on its first start
 		t.Error("the firmware wrote nothing into its variables")
 	}
+	v.checkTimeAfterPause("a")
 	w.Perdure("a", "vm", "stop", v.Name)
 	v.Wait("state=stopped", 30*time.Second)
 	w.Perdure("a", "vm", "start", v.Name)
@@ -148,6 +150,29 @@ func TestUEFI(t *testing.T) {
 	if again, err := os.ReadFile(nvram); err != nil || len(again) != len(first) {
 		t.Errorf("UEFI variables after a restart: %d bytes, %v; they had %d", len(again), err, len(first))
 	}
+}
+
+// checkTimeAfterPause lets a guest stand still for so long that its clock is set
+// through its agent when it goes on.
+func (v *VM) checkTimeAfterPause(host string) {
+	w := v.w
+	w.T.Helper()
+	const stand = 3 * time.Second
+	w.Perdure(host, "vm", "pause", v.Name)
+	w.Never(stand, "a paused guest", func() error { return nil })
+	w.Perdure(host, "vm", "resume", v.Name)
+	w.Eventually(time.Minute, "the guest's clock is right again", func() error {
+		if at, real, _ := v.guestClocks(); at.UnixNano()-int64(real) > int64(stand/2) {
+			return fmt.Errorf("it is %v behind", time.Duration(at.UnixNano()-int64(real)))
+		}
+		return nil
+	})
+	w.Eventually(20*time.Second, "the event", func() error {
+		if out := w.Perdure(host, "vm", "events", v.Name); !strings.Contains(out, "guest-time") {
+			return fmt.Errorf("events:\n%s", out)
+		}
+		return nil
+	})
 }
 
 // utf16 is how UEFI writes names.
