@@ -680,6 +680,50 @@ func TestCreateRefuses(t *testing.T) {
 	}
 }
 
+// TestProtectionThatBeginsLate has a shim that accepts an attempt some time
+// before the record says so: that is no failure, and nobody is told of one.
+func TestProtectionThatBeginsLate(t *testing.T) {
+	testenv.Root(t)
+	ctx := t.Context()
+	a := firstHost(t)
+	joined(t, a, "b", config.RoleHost)
+	eventually(t, "b is known", 20*time.Second, func() bool {
+		h, err := a.ag.Host(ctx, "b")
+		return err == nil && h.QEMU != "" && h.State == api.HostAlive
+	})
+	a.create(api.CreateVM{Name: "v1", Level: model.LevelFT, Memory: 16 << 20})
+	slow := filepath.Join(a.cfg.VMDir("v1"), "slow")
+	if err := os.WriteFile(slow, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.ag.StartVM(ctx, "v1", api.StartVM{Host: "a"}); err != nil {
+		t.Fatal(err)
+	}
+	asked := func() (n int) {
+		err := a.ag.Events(ctx, "v1", api.EventQuery{}, func(e model.Event) error {
+			if e.Type == "protecting" {
+				n++
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	eventually(t, "an attempt is accepted", 20*time.Second, func() bool { return asked() > 0 })
+	for end := time.Now().Add(4 * minProtectDelay); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		v, _ := a.ag.VM(ctx, "v1")
+		if n := asked(); n > 1 || len(v.Problems) > 0 {
+			t.Fatalf("%d attempts, problems %+v", n, v.Problems)
+		}
+	}
+	if err := os.Remove(slow); err != nil {
+		t.Fatal(err)
+	}
+	a.await("v1", "protected", duplex)
+}
+
 // TestProtectionThatFails has a standby that never comes to be: people are told
 // at once and until the VM is protected, also while the next attempt is under way.
 func TestProtectionThatFails(t *testing.T) {

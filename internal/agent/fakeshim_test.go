@@ -228,6 +228,11 @@ func (f *fake) status() shimapi.Status {
 	return st
 }
 
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
 func (f *fake) op(op shimapi.Op) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -247,6 +252,19 @@ func (f *fake) op(op shimapi.Op) error {
 	}
 	switch op.Op {
 	case "protect":
+		if slow := filepath.Join(filepath.Dir(f.lock.Name()), "slow"); exists(slow) {
+			go func() { // the test wants it accepted, and the record to wait
+				for exists(slow) {
+					time.Sleep(5 * time.Millisecond)
+				}
+				f.mu.Lock()
+				defer f.mu.Unlock()
+				if err := try(authority.Assign(rec, op.Host)); err != nil {
+					fmt.Fprintln(os.Stderr, "protect:", err)
+				}
+			}()
+			return nil
+		}
 		return try(authority.Assign(rec, op.Host))
 	case "unprotect":
 		return try(authority.LostSecondary(rec))

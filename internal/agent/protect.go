@@ -23,6 +23,9 @@ import (
 const (
 	minProtectDelay = 250 * time.Millisecond
 	maxProtectDelay = 30 * time.Second
+	// beginWithin is how long a shim that accepted an attempt may take to say so
+	// in the record before it counts as failed.
+	beginWithin = 5 * time.Second
 	// protectedLong is how long a pair must have held for the next attempt after
 	// its end to be made at once again.
 	protectedLong = 20 * time.Second
@@ -39,6 +42,8 @@ type protection struct {
 	tried   map[string]time.Time // hosts that were tried, to vary
 	duplex  time.Time            // since when the pair holds
 	pending bool                 // an attempt was accepted and has not come to duplex yet
+	term    model.Term           // of the record when it was,
+	asked   time.Time            // and when
 	host    string               // the host of the last attempt
 	failed  bool                 // the last attempt failed, and people were told
 	since   time.Time            // when protection was found missing
@@ -71,6 +76,9 @@ func (w *worker) protect(ctx context.Context, v clusterstore.VMView) {
 	if p.since.IsZero() {
 		p.since = time.Now()
 	}
+	if p.pending && rec.Term == p.term && time.Since(p.asked) < beginWithin {
+		return // accepted, and not begun: the shim has yet to change the record
+	}
 	if p.pending { // it came back to simplex without having been duplex
 		p.pending, p.failed = false, true
 		w.delayProtect()
@@ -100,7 +108,7 @@ func (w *worker) protect(ctx context.Context, v clusterstore.VMView) {
 	if !p.failed { // what failed once is solved only by being protected
 		w.problem("unprotected", "", "", "")
 	}
-	p.pending = true
+	p.pending, p.term, p.asked = true, rec.Term, time.Now()
 	p.next = time.Now().Add(minProtectDelay)
 }
 
