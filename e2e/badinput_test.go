@@ -233,6 +233,7 @@ func TestBadInput(t *testing.T) {
 		check(w.sub(t))
 	})
 	t.Run("tokens", func(t *testing.T) { w.sub(t).badTokens(dir) })
+	t.Run("certificates", func(t *testing.T) { w.sub(t).badCertificates(dir) })
 	t.Run("state directories", func(t *testing.T) { w.sub(t).badStateDirs(dir) })
 	t.Run("host without QEMU", func(t *testing.T) { w.sub(t).badQEMU(dir) })
 	check(w)
@@ -390,6 +391,44 @@ func (w *World) spentToken(dir string) {
 	w.agent("b", second)
 	w.refuse("b", refusal{"", append([]string{"join", token}, w.extra("b", dir, "three", 7600)...), 7, []string{"unknown or was used already", "make a new one"}})
 	absent(w.T, third)
+}
+
+// badCertificates asks the cluster over TLS with certificates and authorities
+// of another one, and starts a host that has another's authority.
+func (w *World) badCertificates(dir string) {
+	w.T.Helper()
+	stranger := filepath.Join(dir, "stranger")
+	w.Perdure("a", append([]string{"init"}, w.extra("a", dir, "stranger", 7900)...)...)
+	own, theirs := filepath.Join(w.Lab.StateDir("a"), "pki"), filepath.Join(stranger, "pki")
+	addr, err := w.Lab.Addr("a")
+	w.must(err, "find address")
+	server := addr.String() + ":7400"
+	// The lab's environment names the socket, which a flag overrules.
+	ask := func(cert, key, ca string) []string {
+		return []string{"host", "list", "--server", server, "--cert", cert, "--key", key, "--ca", ca}
+	}
+	crt, key, ca := filepath.Join(own, "host.crt"), filepath.Join(own, "host.key"), filepath.Join(own, "ca.crt")
+	if out := w.Perdure("b", ask(crt, key, ca)...); !strings.Contains(out, "alive") {
+		w.T.Errorf("with the right certificates it says:\n%s", out)
+	}
+	odd := filepath.Join(theirs, "ca.crt")
+	for _, r := range []refusal{
+		{"certificate of another cluster", ask(filepath.Join(theirs, "host.crt"), filepath.Join(theirs, "host.key"), ca), 7, []string{"no client certificate of this cluster", "to do:"}},
+		{"authority of another cluster", ask(crt, key, odd), 7, []string{server, "certificate of another cluster", "--ca"}},
+		{"key of another certificate", ask(crt, filepath.Join(theirs, "host.key"), ca), 2, []string{"client certificate", "does not match"}},
+		{"authority that is none", ask(crt, key, filepath.Join(stranger, "version")), 2, []string{"version", "no certificate"}},
+		{"authority that is missing", ask(crt, key, "/nonexistent/ca.crt"), 2, []string{"/nonexistent/ca.crt", "no such file"}},
+		{"no certificate", []string{"host", "list", "--server", server}, 2, []string{"--cert, --key and --ca"}},
+	} {
+		w.T.Run(r.name, func(t *testing.T) { w.sub(t).refuse("b", r) })
+	}
+	w.T.Run("agent with the authority of another cluster", func(t *testing.T) {
+		sub := w.sub(t)
+		b, err := os.ReadFile(ca)
+		sub.must(err, "read authority")
+		sub.must(os.WriteFile(odd, b, 0o600), "replace authority")
+		sub.refuse("a", refusal{"", []string{"agent", "--state-dir", stranger}, 4, []string{theirs, "do not belong together", "to do:"}})
+	})
 }
 
 // badStateDirs starts agents from, and makes hosts in, directories that are of no use.

@@ -167,7 +167,8 @@ func (a *Agent) loadIdentity() error {
 	}
 	id, err := pki.NewIdentity(parts[0], parts[1], parts[2], time.Now())
 	if err != nil {
-		return fmt.Errorf("open agent: %w", err)
+		return api.Errorf(api.Conflict, "ca.crt, host.crt and host.key in %s do not belong together: %w", filepath.Dir(a.cfg.PKIPath("ca.crt")), err).
+			WithAction("put the host's own files back; where they are lost, remove the host and let it join anew")
 	}
 	if id.Host() != a.cfg.Name {
 		return api.Errorf(api.Invalid, "the certificate in %s is host %q's; config.toml says name = %q", a.cfg.PKIPath("host.crt"), id.Host(), a.cfg.Name)
