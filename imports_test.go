@@ -119,7 +119,7 @@ func table() map[string]row {
 
 // testOnly lists packages that only tests import; they may import anything below them.
 func testOnly() []string {
-	return []string{"internal/testenv", "internal/httpapi/apitest", "internal/qemu/qemutest", "e2e", "bench"}
+	return []string{"internal/testenv", "internal/diskcheck", "internal/httpapi/apitest", "internal/qemu/qemutest", "e2e", "bench"}
 }
 
 // ban forbids reaching something at all, on whatever way.

@@ -23,6 +23,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"perdure/internal/diskcheck/diskserver"
 	"perdure/internal/lab"
 	"perdure/internal/lab/guest"
 )
@@ -49,6 +50,7 @@ type shared struct {
 var suite shared
 
 func TestMain(m *testing.M) {
+	diskserver.Main()
 	flag.Parse()
 	os.Exit(runAll(m))
 }

@@ -85,6 +85,17 @@ func (b *budget) take(n int64) bool {
 	return !b.over
 }
 
+// tryTake is take where that need not wait.
+func (b *budget) tryTake(n int64) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.over || b.left < n && b.left < b.total {
+		return false
+	}
+	b.left -= n
+	return true
+}
+
 // give returns n bytes.
 func (b *budget) give(n int64) {
 	b.mu.Lock()

@@ -62,7 +62,7 @@ func FuzzTransmission(f *testing.F) {
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			_, _ = s.serveConn(context.Background(), ours)
+			_, _ = s.serveConn(context.Background(), &slot{nc: ours})
 			_ = ours.Close()
 		}()
 		go func() { _, _ = io.Copy(io.Discard, theirs) }()
@@ -121,13 +121,11 @@ func FuzzDecodeRequest(f *testing.F) {
 		if len(in) < requestSize || size < 0 {
 			return
 		}
-		var b [requestSize]byte
-		copy(b[:], in)
-		r, err := decodeRequest(&b)
+		r, err := decodeRequest(in)
 		if err != nil || r.cmd == cmdFlush {
 			return
 		}
-		if r.check(size, true, true) == 0 {
+		if r.check(terms{size, true, true, true}) == accepted {
 			if end := r.off + uint64(r.length); end < r.off || end > uint64(size) || r.length == 0 || r.off%MinBlock != 0 {
 				t.Fatalf("%+v passed for size %d", r, size)
 			}

@@ -17,6 +17,12 @@ type session struct {
 	structured bool
 	status     bool // base:allocation was chosen for this export
 	statusFor  string
+	fastZero   bool
+}
+
+// terms is what decides which requests are legal.
+func (s *session) terms() terms {
+	return terms{size: s.size, structured: s.structured, status: s.status, fastZero: s.fastZero}
 }
 
 // errAbort says that the client ended the handshake properly.
@@ -85,6 +91,9 @@ func (h *handshake) option(fixed bool) (done bool, err error) {
 		if _, err := h.r.Discard(int(n)); err != nil {
 			return false, fmt.Errorf("skip option: %w", err)
 		}
+		if opt == optAbort {
+			return h.abort()
+		}
 		h.refuse(opt, repErrTooBig, "option is too long")
 		return false, nil
 	}
@@ -96,9 +105,7 @@ func (h *handshake) option(fixed bool) (done bool, err error) {
 	case optExportName:
 		return h.exportName(string(data))
 	case optAbort:
-		h.reply(opt, repAck, nil)
-		_ = h.w.Flush() // the client may be gone already, and is right to be
-		return false, errAbort
+		return h.abort()
 	case optList:
 		h.list(data)
 	case optInfo, optGo:
@@ -118,12 +125,19 @@ func (h *handshake) option(fixed bool) (done bool, err error) {
 	return false, nil
 }
 
+// abort ends the handshake as the client wishes, whatever else it sent with it.
+func (h *handshake) abort() (bool, error) {
+	h.reply(optAbort, repAck, nil)
+	_ = h.w.Flush() // the client may be gone already, and is right to be
+	return false, errAbort
+}
+
 // exportName is the old way into transmission; it cannot be refused but by hanging up.
 func (h *handshake) exportName(name string) (bool, error) {
 	if !h.choose(name) {
 		return false, fmt.Errorf("unknown export %.64q", name)
 	}
-	h.put(uint64(h.session.size), h.transmissionFlags())
+	h.put(uint64(h.session.size), h.transmissionFlags(h.session.backend))
 	if !h.noZeroes {
 		_, _ = h.w.Write(make([]byte, 124)) // errors stick to the writer until Flush
 	}
@@ -137,6 +151,7 @@ func (h *handshake) choose(name string) bool {
 		return false
 	}
 	h.session.name, h.session.backend, h.session.size = full, b, b.Size()
+	_, h.session.fastZero = b.(FastZeroer)
 	// Contexts that were set for another export do not count.
 	h.session.status = h.session.status && h.session.statusFor == full
 	return true
@@ -173,7 +188,7 @@ func (h *handshake) info(opt uint32, data []byte) bool {
 	}
 	p := binary.BigEndian.AppendUint16(nil, infoExport)
 	p = binary.BigEndian.AppendUint64(p, uint64(b.Size()))
-	h.reply(opt, repInfo, binary.BigEndian.AppendUint16(p, h.transmissionFlags()))
+	h.reply(opt, repInfo, binary.BigEndian.AppendUint16(p, h.transmissionFlags(b)))
 	for q := rest[2:]; len(q) > 0; q = q[2:] {
 		if binary.BigEndian.Uint16(q) == infoName {
 			h.reply(opt, repInfo, append(binary.BigEndian.AppendUint16(nil, infoName), full...))
@@ -234,8 +249,11 @@ func (h *handshake) metaContext(opt uint32, data []byte) {
 	h.reply(opt, repAck, nil)
 }
 
-func (h *handshake) transmissionFlags() uint16 {
-	f := uint16(tfHasFlags | tfSendFlush | tfSendFUA | tfSendTrim | tfSendWriteZeroes | tfCanMultiConn)
+func (h *handshake) transmissionFlags(b Backend) uint16 {
+	f := uint16(tfHasFlags | tfSendFlush | tfSendFUA | tfSendTrim | tfSendWriteZeroes | tfCanMultiConn | tfSendCache)
+	if _, ok := b.(FastZeroer); ok {
+		f |= tfSendFastZero
+	}
 	if h.session.structured {
 		f |= tfSendDF
 	}

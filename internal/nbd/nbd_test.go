@@ -72,6 +72,10 @@ func TestIllegalRequestsAreRefusedAndTheConnectionGoesOn(t *testing.T) {
 	sock := serveDisks(t, map[string]Backend{"disk0": d}, Options{})
 	for _, structured := range []bool{false, true} {
 		c := open(t, sock, "disk0", structured)
+		tooLong := uint32(errInvalid)
+		if structured {
+			tooLong = errOverflow
+		}
 		for _, q := range []struct {
 			cmd, flags uint16
 			off        uint64
@@ -83,8 +87,8 @@ func TestIllegalRequestsAreRefusedAndTheConnectionGoesOn(t *testing.T) {
 			{cmdRead, 0, 0, 0, errInvalid},
 			{cmdRead, 0, 1, 512, errInvalid},
 			{cmdRead, 0, 0, 513, errInvalid},
-			{cmdRead, 0, 0, MaxBlock + 512, errInvalid},
-			{cmdRead, 0, 0, 1<<32 - 512, errInvalid},
+			{cmdRead, 0, 0, MaxBlock + 512, tooLong},
+			{cmdRead, 0, 0, 1<<32 - 512, tooLong},
 			{cmdRead, cmdFlagNoHole, 0, 512, errInvalid},
 			{cmdWrite, 0, 1<<20 - 512, 1024, errNoSpace},
 			{cmdWrite, 0, 0, MaxBlock + 512, errInvalid},
@@ -93,7 +97,7 @@ func TestIllegalRequestsAreRefusedAndTheConnectionGoesOn(t *testing.T) {
 			{cmdWriteZeroes, 0, 1 << 30, 512, errNoSpace},
 			{cmdWriteZeroes, 1 << 4, 0, 512, errInvalid},
 			{cmdFlush, cmdFlagDF, 0, 0, errInvalid},
-			{5, 0, 0, 0, errInvalid},
+			{cmdCache, 0, 0, 0, errInvalid},
 			{65535, 0, 0, 512, errInvalid},
 		} {
 			var payload []byte

@@ -57,6 +57,8 @@ const (
 	tfSendWriteZeroes = 1 << 6
 	tfSendDF          = 1 << 7
 	tfCanMultiConn    = 1 << 8
+	tfSendCache       = 1 << 10
+	tfSendFastZero    = 1 << 11
 )
 
 // Requests.
@@ -69,13 +71,15 @@ const (
 	cmdDisc        = 2
 	cmdFlush       = 3
 	cmdTrim        = 4
+	cmdCache       = 5
 	cmdWriteZeroes = 6
 	cmdBlockStatus = 7
 
-	cmdFlagFUA    = 1 << 0
-	cmdFlagNoHole = 1 << 1
-	cmdFlagDF     = 1 << 2
-	cmdFlagReqOne = 1 << 3
+	cmdFlagFUA      = 1 << 0
+	cmdFlagNoHole   = 1 << 1
+	cmdFlagDF       = 1 << 2
+	cmdFlagReqOne   = 1 << 3
+	cmdFlagFastZero = 1 << 4
 )
 
 // Replies.
@@ -86,7 +90,6 @@ const (
 	chunkSize       = 20 // header of a structured reply chunk
 
 	chunkDone       = 1 << 0 // flag
-	typeNone        = 0
 	typeOffsetData  = 1
 	typeBlockStatus = 5
 	typeError       = 1<<15 + 1
@@ -102,6 +105,7 @@ const (
 	errNoMem    = 12
 	errInvalid  = 22
 	errNoSpace  = 28
+	errOverflow = 75
 	errNotSup   = 95
 	errShutdown = 108
 )

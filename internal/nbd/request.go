@@ -18,7 +18,7 @@ type request struct {
 var errMagic = errors.New("nbd: request without magic number")
 
 // decodeRequest reads a header of requestSize bytes. It judges nothing but the magic number.
-func decodeRequest(b *[requestSize]byte) (request, error) {
+func decodeRequest(b []byte) (request, error) {
 	if binary.BigEndian.Uint32(b[0:]) != magicRequest {
 		return request{}, errMagic
 	}
@@ -31,53 +31,77 @@ func decodeRequest(b *[requestSize]byte) (request, error) {
 	}, nil
 }
 
-// check says whether a request may go to a backend of the given size: 0, or the
-// error number to answer with. Whoever passes it asks for a range that is
-// aligned, not empty, and within the disk. status tells whether block status
-// was negotiated, structured whether structured replies were.
-func (r request) check(size int64, structured, status bool) uint32 {
-	var allowed uint16
+// refusal is why a request does not go to the backend. The text is for people;
+// clients without structured replies see only the number.
+type refusal struct {
+	errno uint32
+	why   string
+}
+
+// accepted is the refusal of what is not refused.
+var accepted refusal
+
+// terms is what the client and the server agreed on, as far as it decides which
+// requests are legal.
+type terms struct {
+	size       int64
+	structured bool
+	status     bool // BLOCK_STATUS
+	fastZero   bool
+}
+
+// check says whether a request may go to the backend. Whoever passes it asks for
+// a range that is aligned, not empty, and within the disk (but for FLUSH, which
+// has none).
+func (r request) check(t terms) refusal {
 	beyond := uint32(errInvalid)
+	var allowed uint16
 	switch r.cmd {
 	case cmdRead:
-		if structured {
+		if t.structured {
 			allowed = cmdFlagDF
 		}
 		if r.length > MaxBlock {
-			return errInvalid
+			if t.structured {
+				return refusal{errOverflow, "READ is longer than the largest block size"}
+			}
+			return refusal{errInvalid, "READ is longer than the largest block size"}
 		}
 	case cmdWrite:
 		if r.length > MaxBlock {
-			return errInvalid
+			return refusal{errInvalid, "WRITE is longer than the largest block size"}
 		}
 		beyond = errNoSpace
-	case cmdTrim:
+	case cmdTrim, cmdCache:
 	case cmdWriteZeroes:
 		allowed = cmdFlagNoHole
+		if t.fastZero {
+			allowed |= cmdFlagFastZero
+		}
 		beyond = errNoSpace
 	case cmdBlockStatus:
-		if !status {
-			return errInvalid
+		if !t.status {
+			return refusal{errInvalid, "no metadata context was chosen"}
 		}
 		allowed = cmdFlagReqOne
 	case cmdFlush:
 		// Offset and length are reserved; old clients are known to leave them set.
 		if r.flags&^cmdFlagFUA != 0 {
-			return errInvalid
+			return refusal{errInvalid, "unknown flag"}
 		}
-		return 0
+		return accepted
 	default:
-		return errInvalid
+		return refusal{errInvalid, "unknown request"}
 	}
 	// FUA is legal with each command and without meaning where nothing is written.
 	if r.flags&^(allowed|cmdFlagFUA) != 0 {
-		return errInvalid
+		return refusal{errInvalid, "flag is unknown or not for this request"}
 	}
 	if r.length == 0 || r.off%MinBlock != 0 || r.length%MinBlock != 0 {
-		return errInvalid
+		return refusal{errInvalid, "range is empty or not aligned to 512 bytes"}
 	}
-	if r.off > uint64(size) || uint64(r.length) > uint64(size)-r.off {
-		return beyond
+	if r.off > uint64(t.size) || uint64(r.length) > uint64(t.size)-r.off {
+		return refusal{beyond, "range ends behind the disk"}
 	}
-	return 0
+	return accepted
 }

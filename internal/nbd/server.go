@@ -17,6 +17,7 @@ type Options struct {
 	MaxInflightBytes int64         // payload and reply buffers of one connection; 0: 64 MiB
 	MaxRequests      int           // requests of one connection being carried out; 0: 32
 	HandshakeTimeout time.Duration // for the whole handshake; 0: 10 s
+	Grace            time.Duration // for requests under way when the server is stopped; 0: 1 s, below: none
 
 	// Closed, if set, is called once for each connection that ended, with the export
 	// ("" if none was chosen) and why: nil after a proper goodbye. It may be called
@@ -37,6 +38,9 @@ func (o Options) withDefaults() Options {
 	if o.HandshakeTimeout <= 0 {
 		o.HandshakeTimeout = 10 * time.Second
 	}
+	if o.Grace == 0 {
+		o.Grace = time.Second
+	}
 	return o
 }
 
@@ -47,8 +51,14 @@ type server struct {
 	pool    bufferPool
 
 	mu    sync.Mutex
-	conns map[net.Conn]struct{}
+	conns map[*slot]struct{}
 	over  bool
+}
+
+// slot is one connection as the server sees it. What can end it is guarded by server.mu.
+type slot struct {
+	nc   net.Conn
+	link link // once in transmission
 }
 
 // Serve answers clients on ln until ctx ends (then it returns nil) or ln fails.
@@ -56,45 +66,60 @@ type server struct {
 // requests when it returns; a backend that ignores its context is waited for.
 // The map must not be changed while it is served. An empty export name asks for
 // the export "" or, if there is exactly one export, for that.
+//
+// When ctx ends, what was received is still carried out and answered for as
+// long as Options.Grace allows. What takes longer is not answered at all: an
+// error would reach the guest, whereas a client that finds its connection
+// closed may send the request again to the server's successor.
 func Serve(ctx context.Context, ln net.Listener, exports map[string]Backend, opts Options) error {
-	s := &server{exports: exports, opts: opts.withDefaults(), conns: map[net.Conn]struct{}{}}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	s := &server{exports: exports, opts: opts.withDefaults(), conns: map[*slot]struct{}{}}
 	// ln is closed before the connections: none is accepted that nobody would close.
 	stop := context.AfterFunc(ctx, func() { _ = ln.Close() })
 	defer stop()
+	// Requests outlive ctx for as long as the grace lasts.
+	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
 
 	var conns sync.WaitGroup
-	var err error
+	err := s.accept(ctx, work, ln, &conns)
+	stopped := ctx.Err() != nil
+	_ = ln.Close()
+	s.hush()
+	late := time.AfterFunc(s.opts.Grace, func() {
+		s.cut() // before the cancelling, whose errors must not be sent
+		cancel()
+	})
+	conns.Wait()
+	late.Stop()
+	if stopped {
+		return nil
+	}
+	return fmt.Errorf("accept NBD client: %w", err)
+}
+
+// accept starts the connections of clients until ln or ctx ends.
+func (s *server) accept(ctx, work context.Context, ln net.Listener, conns *sync.WaitGroup) error {
 	for {
-		var nc net.Conn
-		if nc, err = ln.Accept(); err != nil {
+		nc, err := ln.Accept()
+		if err != nil {
 			if ctx.Err() == nil && passing(err) && pause(ctx, 20*time.Millisecond) {
 				continue
 			}
-			break
+			return err
 		}
-		if !s.add(nc) {
+		sl := &slot{nc: nc}
+		if !s.add(sl) {
 			_ = nc.Close()
 			continue
 		}
 		conns.Go(func() {
-			defer s.remove(nc)
-			export, err := s.serveConn(ctx, nc)
+			export, err := s.serveConn(work, sl)
+			s.remove(sl)
 			if s.opts.Closed != nil {
 				s.opts.Closed(export, err)
 			}
 		})
 	}
-	stopped := ctx.Err() != nil
-	cancel()
-	_ = ln.Close()
-	s.closeAll()
-	conns.Wait()
-	if stopped {
-		return nil
-	}
-	return fmt.Errorf("accept NBD client: %w", err)
 }
 
 // passing reports whether an error of Accept says nothing about the listener:
@@ -116,29 +141,54 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-func (s *server) add(c net.Conn) bool {
+func (s *server) add(sl *slot) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.over || len(s.conns) >= s.opts.MaxConns {
 		return false
 	}
-	s.conns[c] = struct{}{}
+	s.conns[sl] = struct{}{}
 	return true
 }
 
-func (s *server) remove(c net.Conn) {
-	_ = c.Close()
+// transmits notes that a connection has left the handshake.
+func (s *server) transmits(sl *slot, l link) {
 	s.mu.Lock()
-	delete(s.conns, c)
+	defer s.mu.Unlock()
+	sl.link = l
+	if s.over {
+		l.hush()
+	}
+}
+
+func (s *server) remove(sl *slot) {
+	s.mu.Lock()
+	delete(s.conns, sl)
 	s.mu.Unlock()
 }
 
-func (s *server) closeAll() {
+// hush ends the reading of requests, and whatever is no further than the handshake.
+func (s *server) hush() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.over = true
-	for c := range s.conns {
-		_ = c.Close()
+	for sl := range s.conns {
+		if sl.link != nil {
+			sl.link.hush()
+		} else {
+			_ = sl.nc.Close()
+		}
+	}
+}
+
+// cut ends all connections.
+func (s *server) cut() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for sl := range s.conns {
+		if sl.link != nil {
+			sl.link.cut()
+		}
 	}
 }
 

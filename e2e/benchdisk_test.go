@@ -1,0 +1,248 @@
+//go:build bench
+
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"perdure/internal/blockstore"
+	"perdure/internal/diskcheck/diskserver"
+	"perdure/internal/model"
+	"perdure/internal/testenv"
+	"perdure/internal/vfs"
+)
+
+var (
+	benchDiskRounds  = flag.Int("bench-disk-rounds", 5, "how often each row of the disk table is measured with each server")
+	benchDiskSeconds = flag.Int("bench-disk-seconds", 4, "how long one of these measurements takes")
+)
+
+// diskServer is one program that exports the same raw file by NBD.
+type diskServer struct {
+	name string
+	// args of the program, given the socket and the image; the export is "disk0" or the default one.
+	args func(sock, image string) []string
+	env  []string
+}
+
+// diskRow is one line of the table.
+type diskRow struct {
+	name  string
+	rw    string
+	block int
+	depth int
+}
+
+var diskRows = []diskRow{
+	{"4 KiB random write, QD1", "randwrite", 4 << 10, 1},
+	{"4 KiB random write, QD32", "randwrite", 4 << 10, 32},
+	{"1 MiB sequential write", "write", 1 << 20, 4},
+	{"1 MiB sequential read", "read", 1 << 20, 4},
+}
+
+// sample is what one run of fio against one server gave.
+type sample struct {
+	perSecond float64 // requests
+	cpuMicros float64 // of the server, per request
+	p99       float64 // microseconds
+}
+
+// TestBenchDisk compares the unreplicated export with qemu-nbd and nbdkit, each
+// with its default cache mode, which is the page cache, on the same file. The
+// servers take turns within a round, so that what else the machine does hits
+// all of them; the median of the rounds counts.
+func TestBenchDisk(t *testing.T) {
+	b := &bench{t: t, res: results{Time: time.Now().UTC(), Version: "disk servers", Accel: "none"}}
+	defer b.write()
+	fio := testenv.Tool(t, "fio")
+	qemuNBD, nbdkit := testenv.Tool(t, "qemu-nbd"), testenv.Tool(t, "nbdkit")
+	dir := filepath.Join(suite.dir, "bench-disk")
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	const size = 1 << 30
+	if err := blockstore.Create(vfs.OS{}, dir, blockstore.Params{ID: "disk0", Size: size, State: model.UpToDate}); err != nil {
+		t.Fatal(err)
+	}
+	image := filepath.Join(dir, "disk0.raw")
+	fill(t, image, size)
+
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	servers := []diskServer{
+		{"perdure", func(sock, _ string) []string { return []string{self} }, nil},
+		{"qemu-nbd", func(sock, image string) []string {
+			return []string{qemuNBD, "-f", "raw", "-t", "-k", sock, "-x", "disk0", image}
+		}, nil},
+		{"nbdkit", func(sock, image string) []string { return []string{nbdkit, "-f", "-U", sock, "file", image} }, nil},
+	}
+	for _, row := range diskRows {
+		got := make([][]sample, len(servers))
+		for range *benchDiskRounds {
+			for i, s := range servers {
+				sock := filepath.Join(dir, s.name+".sock")
+				s.env = diskserver.Env(dir, sock)
+				got[i] = append(got[i], runDisk(t, fio, s, row, sock, image))
+			}
+		}
+		b.diskRow(row, servers, got)
+	}
+}
+
+// diskRow notes the medians of one row.
+func (b *bench) diskRow(row diskRow, servers []diskServer, got [][]sample) {
+	of := func(i int, f func(sample) float64) float64 {
+		x := make([]float64, len(got[i]))
+		for k, s := range got[i] {
+			x[k] = f(s)
+		}
+		return median(x)
+	}
+	rate := func(s sample) float64 { return s.perSecond }
+	ours, best := of(0, rate), 0.0
+	var detail []string
+	for i, s := range servers {
+		r := of(i, rate)
+		if i > 0 {
+			best = max(best, r)
+		}
+		detail = append(detail, fmt.Sprintf("%s %.0f/s, %.1f µs CPU, p99 %.0f µs", s.name, r,
+			of(i, func(s sample) float64 { return s.cpuMicros }), of(i, func(s sample) float64 { return s.p99 })))
+	}
+	var series []float64
+	for k := range got[0] {
+		series = append(series, got[0][k].perSecond/max(got[1][k].perSecond, got[2][k].perSecond))
+	}
+	b.atLeast("disk, "+row.name+", over the better of qemu-nbd and nbdkit", ours/best, 1, "x", strings.Join(detail, "; "), series...)
+	if row.block == 4<<10 {
+		cpu := of(0, func(s sample) float64 { return s.cpuMicros })
+		b.res.Figures = append(b.res.Figures, figure{Name: "disk, " + row.name + ", CPU of the server per write", Value: cpu, Unit: "µs", Goal: "stated", Met: true})
+	}
+}
+
+// runDisk starts a server, lets fio work on it, and ends it.
+func runDisk(t *testing.T, fio string, s diskServer, row diskRow, sock, image string) sample {
+	t.Helper()
+	_ = os.Remove(sock)
+	// What an earlier run left dirty must not be written back during this one.
+	f, err := os.Open(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	_ = f.Close()
+	args := s.args(sock, image)
+	srv := exec.Command(args[0], args[1:]...)
+	srv.Env = append(os.Environ(), s.env...)
+	srv.Stdout, srv.Stderr = os.Stderr, os.Stderr
+	if err := srv.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- srv.Wait() }()
+	defer func() {
+		_ = srv.Process.Signal(syscall.SIGTERM)
+		<-ended
+	}()
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		if _, err := os.Stat(sock); err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s does not listen on %s", s.name, sock)
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(*benchDiskSeconds)*time.Second+time.Minute)
+	defer cancel()
+	report := sock + ".fio"
+	cmd := exec.CommandContext(ctx, fio, "--name=x", "--ioengine=nbd", "--uri=nbd+unix:///disk0?socket="+sock, "--rw="+row.rw,
+		"--bs="+strconv.Itoa(row.block), "--iodepth="+strconv.Itoa(row.depth), "--time_based", "--runtime="+strconv.Itoa(*benchDiskSeconds),
+		"--ramp_time=1", "--randrepeat=1", "--refill_buffers=0", "--thread", "--output-format=json", "--output="+report)
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	before := cpuTime(t, srv.Process.Pid)
+	if err := cmd.Run(); err != nil {
+		t.Fatalf("fio on %s: %v: %s%s", s.name, err, out.String(), errs.String())
+	}
+	used := cpuTime(t, srv.Process.Pid) - before
+	var res struct {
+		Jobs []struct {
+			Read, Write struct {
+				IOPS float64
+				Ops  float64 `json:"total_ios"`
+				CLat struct {
+					Percentile map[string]float64
+				} `json:"clat_ns"`
+			}
+		}
+	}
+	data, err := os.ReadFile(report)
+	if at := bytes.IndexByte(data, '{'); err == nil && at >= 0 { // it says other things there too
+		err = json.Unmarshal(data[at:], &res)
+	}
+	if err != nil || len(res.Jobs) != 1 {
+		t.Fatalf("what fio says on %s: %v: %s%s", s.name, err, out.String(), errs.String())
+	}
+	side := res.Jobs[0].Write
+	if row.rw == "read" {
+		side = res.Jobs[0].Read
+	}
+	// The ramp is in the CPU time but not in the count of requests.
+	share := float64(*benchDiskSeconds) / float64(*benchDiskSeconds+1)
+	return sample{side.IOPS, float64(used.Microseconds()) * share / max(side.Ops, 1), side.CLat.Percentile["99.000000"] / 1000}
+}
+
+// cpuTime is what a process has used so far, in user and kernel mode.
+func cpuTime(t *testing.T, pid int) time.Duration {
+	t.Helper()
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
+	u, _ := strconv.Atoi(f[11])
+	k, _ := strconv.Atoi(f[12])
+	return time.Duration(u+k) * (time.Second / 100)
+}
+
+// fill writes all of a file, so that no run pays for allocation.
+func fill(t *testing.T, path string, size int64) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := slices.Repeat([]byte("perdure\n"), 128<<10)
+	for off := int64(0); off < size; off += int64(len(p)) {
+		if _, err := f.WriteAt(p, off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := f.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
