@@ -31,7 +31,7 @@ func TestMain(m *testing.M) {
 	case "server":
 		serverMain(os.Args[1])
 	default:
-		os.Exit(m.Run())
+		os.Exit(testenv.Main(m))
 	}
 }
 

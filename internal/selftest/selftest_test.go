@@ -12,7 +12,7 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == "flusher" {
 		os.Exit(guestmem.HelperMain(os.Args[2:]))
 	}
-	os.Exit(m.Run())
+	os.Exit(testenv.Main(m))
 }
 
 // TestProve runs the proof under TCG, which every machine has.

@@ -30,7 +30,7 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == "flusher" {
 		os.Exit(guestmem.HelperMain(os.Args[2:]))
 	}
-	os.Exit(m.Run())
+	os.Exit(testenv.Main(m))
 }
 
 // store is the cluster store of a test: one record under compare-and-swap.
