@@ -5,7 +5,6 @@ package e2e
 import (
 	"bufio"
 	"context"
-	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -14,7 +13,6 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
@@ -216,28 +214,15 @@ func (v *VM) CheckConsole(host string) {
 	}
 }
 
-// CheckReplicas looks at the disk of a stopped VM from outside: the file system
-// on both hosts is clean, and the same.
-func (v *VM) CheckReplicas(offset int64) {
-	t := v.w.T
-	t.Helper()
-	var sums [][32]byte
-	for _, h := range v.w.Lab.Hosts() {
-		path := filepath.Join(v.w.Lab.StateDir(h), "vms", v.Name, "disks", "disk0.raw")
-		out, err := exec.Command("/sbin/e2fsck", "-f", "-n", fmt.Sprintf("%s?offset=%d", path, offset)).CombinedOutput()
-		if err != nil {
-			t.Errorf("file system on host %s: %v\n%s", h, err, out)
-		}
-		f, err := os.Open(path)
-		v.w.must(err, "open replica")
-		sum := sha256.New()
-		_, err = io.Copy(sum, f)
-		f.Close()
-		v.w.must(err, "read replica")
-		sums = append(sums, [32]byte(sum.Sum(nil)))
-	}
-	if sums[0] != sums[1] {
-		t.Errorf("the replicas of the two hosts differ")
+// CheckReplica looks at a host's copy of the disk of a stopped VM from outside:
+// its file system is clean. The host must have run the VM last: the other one
+// may still have to apply its journal, which it does when it opens the disk.
+func (v *VM) CheckReplica(host string) {
+	v.w.T.Helper()
+	path := filepath.Join(v.w.Lab.StateDir(host), "vms", v.Name, "disks", "disk0.raw")
+	out, err := exec.Command("/sbin/e2fsck", "-f", "-n", fmt.Sprintf("%s?offset=%d", path, distro.RootOffset)).CombinedOutput()
+	if err != nil {
+		v.w.T.Errorf("file system on host %s: %v\n%s", host, err, out)
 	}
 }
 
@@ -266,7 +251,7 @@ func TestSoakDistroBoots(t *testing.T) {
 			w := Start(t)
 			w.long(20 * time.Minute)
 			v := w.CreateDistro(c.level, c.flags...)
-			g := v.Agent(6 * time.Minute)
+			g := v.Agent(10 * time.Minute)
 			if c.level == "ft" {
 				v.Protected()
 				g.v.w.must(g.connect(), "guest agent while protected")
