@@ -4,18 +4,12 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"perdure/internal/peer"
 )
 
 // bootNow is CLOCK_BOOTTIME since the host booted. Rights are measured by it,
 // since it goes on while the host or this process is suspended.
-func bootNow() time.Duration {
-	var ts unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
-		panic("read CLOCK_BOOTTIME: " + err.Error()) // cannot fail on any Linux since 2.6.39
-	}
-	return time.Duration(ts.Nano())
-}
+func bootNow() time.Duration { return peer.Now() }
 
 // gateSpan is how far ahead of a confirmed right the kernel's gate may stay
 // open: the longest time for which a dead or frozen shim's guest is heard.
