@@ -18,8 +18,9 @@ func TestTakeover(t *testing.T) {
 	st := a.untilStatus("20 checkpoints", 20*time.Second, func(s shimapi.Status) bool { return s.Checkpoint.Count >= 20 })
 	t.Logf("checkpoints: %+v", st.Checkpoint)
 	before := st.Epoch
-	for range 3 {
-		b.op(shimapi.Op{Op: "trial"})
+	b.op(shimapi.Op{Op: "trial"})
+	for range 3 { // and each of three in a row: it waits for a fourth when the primary dies
+		b.op(shimapi.Op{Op: "trial", Value: "next"})
 	}
 
 	a.shim.inst.proc.Kill()
