@@ -78,7 +78,7 @@ func table() map[string]row {
 		"internal/guestmem": {mechanisms, append(down("internal/bitmap"), sys, edge{"github.com/hanwen/go-fuse/v2", "guest memory is a FUSE file"},
 			edge{"github.com/klauspost/compress", "pages are compressed when that is cheaper than sending"}, edge{"github.com/zeebo/xxh3", "the audit compares pages by digest"})},
 		"internal/netbuf":   {mechanisms, []edge{sys}},
-		"internal/hostnet":  {mechanisms, []edge{sys, {"github.com/vishvananda/netlink", "bridges and taps"}, {"github.com/google/nftables", "the gate of a tap"}, {"github.com/mdlayher/packet", "raw frames for announcements"}}},
+		"internal/hostnet":  {mechanisms, []edge{sys, {"github.com/vishvananda/netlink", "bridges and taps"}, {"github.com/google/nftables", "the gate of a tap"}, {"golang.org/x/net/bpf", "the filter of frames for a guest"}}},
 		"internal/qemu":     {mechanisms, []edge{sys}},
 		"internal/peer":     {mechanisms, []edge{sys, {"github.com/klauspost/compress", "frames are compressed"}}},
 		"internal/doctor":   {mechanisms, []edge{sys}},

@@ -1,12 +1,22 @@
 package netbuf
 
 import (
+	"cmp"
+	"encoding/binary"
+	"fmt"
 	"sync"
 	"time"
 )
 
+// Outlet is where released frames leave the host: *hostnet.Tap is one.
+type Outlet interface {
+	// Send sends one Ethernet frame behind its virtio-net header, which is header
+	// bytes long. It does not block.
+	Send(frame []byte, header int) error
+}
+
 // Frames are the frames of one epoch of one NIC. Whoever holds them calls
-// Release or Drop, once.
+// Send or Drop, once.
 type Frames struct {
 	parts  []*buffer
 	frames int
@@ -22,6 +32,30 @@ func (f Frames) Bytes() int64 { return f.bytes }
 
 // Since returns when the oldest arrived; zero if there is none.
 func (f Frames) Since() time.Time { return f.since }
+
+// Send sends all of them, in order, and forgets them. The caller holds the right
+// to let output leave. A frame that cannot be sent is lost, as on any network;
+// the others are sent all the same, and the first error is returned.
+func (f Frames) Send(out Outlet) error {
+	defer f.Drop()
+	var failed error
+	lost := 0
+	for _, p := range f.parts {
+		for b := p.data[:p.whole]; len(b) > 0; {
+			n, header := int(binary.BigEndian.Uint32(b)), int(binary.BigEndian.Uint32(b[4:]))
+			frame := b[prefix : prefix+n]
+			b = b[prefix+n:]
+			if err := out.Send(frame, header); err != nil {
+				lost++
+				failed = cmp.Or(failed, err)
+			}
+		}
+	}
+	if failed != nil {
+		return fmt.Errorf("send frames: %d of %d lost: %w", lost, f.frames, failed)
+	}
+	return nil
+}
 
 // Drop forgets them.
 func (f Frames) Drop() {

@@ -1,15 +1,17 @@
 // Package netbuf holds back what a guest sends: it diverts the frames of one
-// NIC out of a running QEMU into this process, tells exactly which of them
-// belong to the epoch that just ended, and gives them back for sending once
-// that epoch is held by the other host.
+// NIC out of a running QEMU into this process and tells exactly which of them
+// belong to the epoch that just ended. Once that epoch is held by the other
+// host they leave by the tap itself (Outlet), not through QEMU: so they can
+// leave while the guest stands still for its next checkpoint, and QEMU's main
+// loop sees each frame once.
 //
 // Concurrency: one goroutine per Diverter reads always, whether anybody wants
 // the frames or not, since a full socket would block QEMU's main loop. All
-// methods may be called from any goroutine; Hold, Drain and Unhold belong to
-// the one who stops the guest.
+// methods may be called from any goroutine; Drain belongs to the one who stops
+// the guest.
 //
-// Failure: when QEMU ends, or its side of a socket does, Err says so and
-// Release fails; what was not released is never sent.
+// Failure: when QEMU ends, or its side of the socket does, Err says so; frames
+// that were drained before can still be sent.
 //
 // Not guaranteed: frames are not kept for ever. Beyond twice Options.MaxBytes
 // whole frames are dropped, as a network may, and counted. Frames that QEMU
@@ -28,13 +30,12 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// Wire form of QEMU's filter-redirector with vnet_hdr_support, both ways:
+// Wire form of QEMU's filter-redirector with vnet_hdr_support:
 //
 //	uint32 length of header and frame, uint32 length of the header (big-endian), header, frame
 const (
@@ -42,7 +43,6 @@ const (
 	maxFrame = 128 << 10 // more than QEMU's NET_BUFSIZE (69,632)
 
 	defaultMax    = 8 << 20
-	batchBytes    = 64 << 10 // written to QEMU at a time; Hold waits for one at most
 	drainPatience = 2 * time.Second
 )
 
@@ -64,7 +64,6 @@ type Options struct {
 // Stats of a Diverter since it began.
 type Stats struct {
 	Frames, Bytes uint64 // arrived from the guest
-	Released      uint64 // frames handed to QEMU for sending
 	Dropped       uint64 // frames beyond the hard bound
 }
 
@@ -73,7 +72,7 @@ type Diverter struct {
 	nic     string
 	opt     Options
 	q       Commander
-	out, in *net.UnixConn // as QEMU names them: out of it, into it
+	out     *net.UnixConn // as QEMU names it: out of it
 	arrived chan struct{}
 	done    chan struct{} // the reading goroutine has ended
 	undo    []func(context.Context) error
@@ -84,16 +83,12 @@ type Diverter struct {
 	frames int
 	bytes  int64
 	since  time.Time
-	header int // length of the virtio-net header, as last seen
 	over   bool
 	stats  Stats
 	err    error
 	closed bool
 
-	pool  *sync.Pool
-	order sync.Mutex    // one Release at a time
-	held  bool          // by Hold; with mu
-	token chan struct{} // holds one element while nobody writes and Hold does not stand
+	pool *sync.Pool
 }
 
 // NIC returns the id of the NIC.
@@ -124,13 +119,12 @@ func (d *Diverter) Err() error {
 }
 
 // Divert begins to hold the frames of NIC nicID. Only while the guest is
-// stopped and the tap's gate shut. Two Unix sockets are made in sockDir for a moment.
+// stopped and the tap's gate shut. A Unix socket is made in sockDir for a moment.
 func Divert(ctx context.Context, q Commander, nicID, sockDir string, o Options) (*Diverter, error) {
 	if o.MaxBytes <= 0 {
 		o.MaxBytes = defaultMax
 	}
-	d := &Diverter{nic: nicID, opt: o, q: q, arrived: make(chan struct{}, 1), done: make(chan struct{}), token: make(chan struct{}, 1), pool: newPool(), header: vnetHeader}
-	d.token <- struct{}{}
+	d := &Diverter{nic: nicID, opt: o, q: q, arrived: make(chan struct{}, 1), done: make(chan struct{}), pool: newPool()}
 	if err := d.setUp(ctx, sockDir); err != nil {
 		d.tearDown(context.WithoutCancel(ctx))
 		return nil, fmt.Errorf("divert output of %s: %w", nicID, err)
@@ -143,16 +137,8 @@ func (d *Diverter) setUp(ctx context.Context, sockDir string) error {
 	if d.out, err = d.channel(ctx, "out", sockDir); err != nil {
 		return err
 	}
-	if d.in, err = d.channel(ctx, "in", sockDir); err != nil {
-		return err
-	}
 	d.cur = d.pool.Get().(*buffer)
 	go d.read()
-	// The order matters: frames from the guest meet the filter that was added
-	// last first. The other way round a released frame would be diverted again.
-	if err := d.filter(ctx, "in", "indev"); err != nil {
-		return err
-	}
 	return d.filter(ctx, "out", "outdev")
 }
 
@@ -224,10 +210,8 @@ func (d *Diverter) tearDown(ctx context.Context) error {
 	d.mu.Lock()
 	d.closed = true
 	d.mu.Unlock()
-	for _, c := range []*net.UnixConn{d.in, d.out} {
-		if c != nil {
-			c.Close()
-		}
+	if d.out != nil {
+		d.out.Close()
 	}
 	if d.cur != nil { // the goroutine was started
 		<-d.done
@@ -327,9 +311,6 @@ func (d *Diverter) parse() error {
 		}
 		d.stats.Frames++
 		d.stats.Bytes += uint64(n)
-		if h := binary.BigEndian.Uint32(b.data[b.whole+4:]); h > 0 && h <= 64 {
-			d.header = int(h)
-		}
 		if d.bytes+int64(size) > 2*d.opt.MaxBytes {
 			d.stats.Dropped++
 			b.end = b.whole + copy(b.data[b.whole:], b.data[b.whole+size:b.end])
@@ -409,137 +390,4 @@ func (d *Diverter) take() Frames {
 	}
 	d.full, d.frames, d.bytes, d.since, d.over = nil, 0, 0, time.Time{}, false
 	return f
-}
-
-// Hold waits until QEMU has taken everything that Release has written, and
-// keeps Release from writing more. To be called before the guest is stopped:
-// the QEMU of a stopped guest leaves what it takes lying in a queue until the
-// next frame comes.
-func (d *Diverter) Hold(ctx context.Context) error {
-	select {
-	case <-d.token:
-	case <-ctx.Done():
-		return fmt.Errorf("hold output of %s: %w", d.nic, ctx.Err())
-	}
-	if err := d.awaitTaken(ctx); err != nil {
-		d.token <- struct{}{}
-		return fmt.Errorf("hold output of %s: %w", d.nic, err)
-	}
-	d.mu.Lock()
-	d.held = true
-	d.mu.Unlock()
-	return nil
-}
-
-func (d *Diverter) awaitTaken(ctx context.Context) error {
-	rc, err := d.in.SyscallConn()
-	if err != nil {
-		return err
-	}
-	for {
-		var n int
-		var ierr error
-		if err := rc.Control(func(fd uintptr) { n, ierr = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) }); err != nil {
-			return err
-		}
-		if ierr != nil || n == 0 {
-			return ierr
-		}
-		if err := d.Err(); err != nil {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(20 * time.Microsecond):
-		}
-	}
-}
-
-// Unhold lets Release write again; to be called when the guest runs. Without
-// a Hold before it does nothing.
-func (d *Diverter) Unhold() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.held {
-		d.held = false
-		d.token <- struct{}{} // has room: Hold took it out
-	}
-}
-
-// Release sends the frames out of the host, in the order of the calls. While
-// Hold stands, it waits. After an error some of the frames may have been sent.
-func (d *Diverter) Release(ctx context.Context, f Frames) error {
-	defer f.Drop()
-	d.order.Lock()
-	defer d.order.Unlock()
-	for _, p := range f.parts {
-		for rest := p.data[:p.whole]; len(rest) > 0; {
-			n, frames := batch(rest)
-			if err := d.write(ctx, rest[:n]); err != nil {
-				return fmt.Errorf("release output of %s: %w", d.nic, err)
-			}
-			rest = rest[n:]
-			d.mu.Lock()
-			d.stats.Released += uint64(frames)
-			d.mu.Unlock()
-		}
-	}
-	return nil
-}
-
-// batch measures the first whole frames of b, batchBytes of them or one more.
-func batch(b []byte) (n, frames int) {
-	for n < len(b) && n < batchBytes {
-		n += prefix + int(binary.BigEndian.Uint32(b[n:]))
-		frames++
-	}
-	return n, frames
-}
-
-func (d *Diverter) write(ctx context.Context, b []byte) error {
-	select {
-	case <-d.token:
-	case <-d.done:
-		return d.endError()
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	if err := d.Err(); err != nil {
-		d.token <- struct{}{}
-		return err
-	}
-	defer func() { d.token <- struct{}{} }()
-	if err := d.in.SetWriteDeadline(time.Time{}); err != nil {
-		return err
-	}
-	stopped := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		defer close(stopped)
-		d.in.SetWriteDeadline(time.Now()) // fails only on a closed socket, whose Write ends anyway
-	})
-	n, err := d.in.Write(b)
-	if !stop() {
-		<-stopped // or it would hit a later write
-	}
-	if err == nil {
-		return nil
-	}
-	if n > 0 {
-		// QEMU has got half a frame: nothing sensible can follow.
-		d.mu.Lock()
-		d.err = errors.Join(d.err, fmt.Errorf("frames to %s were cut short: %w", d.nic, err))
-		d.mu.Unlock()
-	}
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		err = ctx.Err()
-	}
-	return err
-}
-
-func (d *Diverter) endError() error {
-	if err := d.Err(); err != nil {
-		return err
-	}
-	return syscall.EPIPE
 }

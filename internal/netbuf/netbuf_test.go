@@ -15,6 +15,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"perdure/internal/hostnet"
 	"perdure/internal/netbuf"
 	"perdure/internal/qemu"
 	"perdure/internal/qemu/qemutest"
@@ -114,6 +115,7 @@ func until(t *testing.T, ctx context.Context, what string, f func() bool) {
 type set struct {
 	*qemutest.Guest
 	wires []*wire
+	taps  []*hostnet.Tap
 	div   []*netbuf.Diverter
 }
 
@@ -122,11 +124,21 @@ func newSet(t *testing.T, command string, o netbuf.Options) *set {
 	qemutest.NetNS(t)
 	m := qemutest.Machine(t, command)
 	s := &set{}
+	var files []*os.File
 	for i := range 2 {
 		s.wires = append(s.wires, newWire(t, fmt.Sprintf("tap%d", i)))
-		m.NICs = append(m.NICs, qemu.NIC{ID: fmt.Sprintf("net%d", i), Tap: s.wires[i].name, MAC: fmt.Sprintf("52:54:00:00:00:%02x", i)})
+		tap, err := hostnet.OpenTap(s.wires[i].name)
+		check(t, err)
+		t.Cleanup(func() { check(t, tap.Close()) })
+		file, err := tap.Inherit()
+		check(t, err)
+		s.taps, files = append(s.taps, tap), append(files, file)
+		m.NICs = append(m.NICs, qemu.NIC{ID: fmt.Sprintf("net%d", i), FD: qemu.FirstFile + i, MAC: fmt.Sprintf("52:54:00:00:00:%02x", i)})
 	}
-	s.Guest = qemutest.Start(t, m)
+	s.Guest = qemutest.Start(t, m, files...)
+	for _, f := range files {
+		check(t, f.Close())
+	}
 	for i := range 2 {
 		d, err := netbuf.Divert(qemutest.Context(t), s.Q, m.NICs[i].ID, s.Dir, o)
 		check(t, err)
@@ -139,9 +151,6 @@ func newSet(t *testing.T, command string, o netbuf.Options) *set {
 // epoch stops the guest and returns the frames that it sent until then.
 func (s *set) epoch(t *testing.T, ctx context.Context) []netbuf.Frames {
 	t.Helper()
-	for _, d := range s.div {
-		check(t, d.Hold(ctx))
-	}
 	st, err := s.Q.Stop(ctx)
 	check(t, err)
 	if !st.WasRunning {
@@ -159,9 +168,6 @@ func (s *set) epoch(t *testing.T, ctx context.Context) []netbuf.Frames {
 func (s *set) cont(t *testing.T, ctx context.Context) {
 	t.Helper()
 	check(t, s.Q.Cont(ctx))
-	for _, d := range s.div {
-		d.Unhold()
-	}
 }
 
 // TestEpochs: through many epochs, each frame leaves exactly once, in order,
@@ -172,7 +178,7 @@ func TestEpochs(t *testing.T) {
 	ctx := qemutest.Context(t)
 	check(t, s.Q.Cont(ctx))
 	total := []int{0, 0}
-	for range 60 {
+	for k := range 60 {
 		until(t, ctx, "frames wait", func() bool {
 			n, _, since := s.div[0].Waiting()
 			m, _, _ := s.div[1].Waiting()
@@ -188,9 +194,17 @@ func TestEpochs(t *testing.T) {
 				t.Fatalf("%d frames wait after Drain", n)
 			}
 		}
+		// Frames leave whether the guest stands still or not.
+		for i := range f {
+			if k%2 == 0 {
+				check(t, f[i].Send(s.taps[i]))
+			}
+		}
 		s.cont(t, ctx)
-		for i, d := range s.div {
-			check(t, d.Release(ctx, f[i]))
+		for i := range f {
+			if k%2 != 0 {
+				check(t, f[i].Send(s.taps[i]))
+			}
 		}
 	}
 	for i, w := range s.wires {
@@ -199,7 +213,7 @@ func TestEpochs(t *testing.T) {
 	f := s.epoch(t, ctx)
 	for i, w := range s.wires {
 		st := s.div[i].Stats()
-		if int(st.Released) != total[i] || int(st.Frames) != total[i]+f[i].Len() || st.Dropped != 0 {
+		if int(st.Frames) != total[i]+f[i].Len() || st.Dropped != 0 {
 			t.Errorf("NIC %d: %+v, released %d, last epoch %d", i, st, total[i], f[i].Len())
 		}
 		for k, n := range w.seen {
@@ -280,7 +294,7 @@ func TestRoundTrip(t *testing.T) {
 		if f[0].Len() != 1 || f[1].Len() != 0 {
 			t.Fatalf("epoch has %d and %d frames, want 1 and 0", f[0].Len(), f[1].Len())
 		}
-		check(t, s.div[0].Release(ctx, f[0]))
+		check(t, f[0].Send(s.taps[0]))
 		<-s.wires[0].answer
 		held = append(held, time.Since(began))
 	}
@@ -329,7 +343,7 @@ func TestBound(t *testing.T) {
 	}
 	f := s.epoch(t, ctx)
 	s.cont(t, ctx)
-	check(t, s.div[0].Release(ctx, f[0])) // still well-formed
+	check(t, f[0].Send(s.taps[0])) // still well-formed
 	until(t, ctx, "the frames have left", func() bool { return s.wires[0].count() >= f[0].Len() })
 	until(t, ctx, "the bound is crossed again", func() bool { return len(bound) > 0 })
 }
@@ -343,10 +357,10 @@ func TestEndOfQEMU(t *testing.T) {
 	check(t, s.Kill())
 	<-s.Exited()
 	until(t, ctx, "the end is noticed", func() bool { return s.div[0].Err() != nil })
-	s.div[0].Unhold()
-	if err := s.div[0].Release(ctx, f[0]); err == nil {
-		t.Error("released into nowhere")
-	}
+	// What was drained is whole, and leaves though QEMU is gone.
+	n, want := f[0].Len(), s.wires[0].count()
+	check(t, f[0].Send(s.taps[0]))
+	until(t, ctx, "the last frames have left", func() bool { return s.wires[0].count() == want+n })
 	if _, err := s.div[0].Drain(ctx); err == nil {
 		t.Error("drained a dead QEMU")
 	}

@@ -161,7 +161,7 @@ func (m *Machine) validateDevices() []error {
 	}
 	for _, n := range m.NICs {
 		id(n.ID)
-		if n.Tap == "" || len(n.Tap) > maxIfname {
+		if n.FD == 0 && n.Tap == "" || len(n.Tap) > maxIfname {
 			bad("NIC %s: %q is not a device name of 1 to %d bytes", n.ID, n.Tap, maxIfname)
 		}
 		if hw, err := net.ParseMAC(n.MAC); err != nil || len(hw) != 6 || hw[0]&1 != 0 {
@@ -302,7 +302,11 @@ func (a *argList) display(m Machine) {
 func (a *argList) nic(i int, n NIC) {
 	// vhost would bypass the filters that hold output, and one queue is all
 	// that they take.
-	a.opts("-netdev", "tap", "id="+n.ID, kv("ifname", n.Tap), "script=no", "downscript=no", "vhost=off", "queues=1")
+	if n.FD != 0 {
+		a.opts("-netdev", "tap", "id="+n.ID, "fd="+strconv.Itoa(n.FD), "vhost=off")
+	} else {
+		a.opts("-netdev", "tap", "id="+n.ID, kv("ifname", n.Tap), "script=no", "downscript=no", "vhost=off", "queues=1")
+	}
 	a.pci("virtio-net-pci", slotNIC+i, "id=dev-"+n.ID, "netdev="+n.ID, "mac="+n.MAC, "mq=off", "romfile=", a.virtio)
 }
 

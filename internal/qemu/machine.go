@@ -95,7 +95,8 @@ type Disk struct {
 // NIC is a virtio-net card on a tap device.
 type NIC struct {
 	ID  string // "net0"; the netdev's id, as in netbuf.Divert and SetLink
-	Tap string // name of the tap device
+	Tap string // name of the tap device, which QEMU opens
+	FD  int    // or, if not 0: the inherited descriptor of an open tap
 	MAC string
 }
 

@@ -21,6 +21,9 @@ type StartOptions struct {
 	// LockFile is inherited by QEMU, so that a flock taken on it is held until
 	// QEMU too is gone. May be nil.
 	LockFile *os.File
+	// Files are inherited too, as descriptors FirstFile, FirstFile+1, …; the
+	// caller may close its own when Start has returned.
+	Files []*os.File
 	// LogPath takes QEMU's standard output and error, appended. It is a file,
 	// not a pipe, since QEMU outlives whoever would read the pipe.
 	LogPath string
@@ -35,6 +38,9 @@ type StartOptions struct {
 	// no guest of anybody.
 	Temporary bool
 }
+
+// FirstFile is the descriptor in QEMU of the first of StartOptions.Files.
+const FirstFile = 4
 
 // Process is a QEMU process, started by Start or found again by Adopt.
 type Process struct {
@@ -95,8 +101,8 @@ func Start(ctx context.Context, path string, args []string, o StartOptions) (_ *
 	if o.Temporary {
 		cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	}
-	if o.LockFile != nil {
-		cmd.ExtraFiles = []*os.File{o.LockFile}
+	if o.LockFile != nil || len(o.Files) > 0 {
+		cmd.ExtraFiles = append([]*os.File{o.LockFile}, o.Files...)
 	}
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", path, err)

@@ -25,6 +25,7 @@ type captured struct {
 	pages   *guestmem.PageSet
 	disks   []*blockstore.EpochWrites // by disk, nil entries: nothing written
 	frames  []netbuf.Frames           // by NIC
+	input   [][]byte                  // by NIC: frames that the guest got since the epoch before
 	ports   [][]byte                  // by character device
 	audit   []pageHash
 	since   time.Time // when the oldest output in it came
@@ -78,8 +79,6 @@ func (c *captured) flush() bool {
 // guest memory; the flush before the output is read, since it takes longest and
 // reading finds everything the guest ever sent in any order.
 func (p *primary) capture(flags uint32, stay bool, stopped func() error) (c *captured, err error) {
-	p.relMu.Lock()
-	defer p.relMu.Unlock()
 	p.ramMu.Lock()
 	defer p.ramMu.Unlock()
 	ctx, cancel := context.WithTimeout(p.ctx, qmpTimeout)
@@ -194,18 +193,10 @@ func (p *primary) holdInput(ctx context.Context) error {
 			return fmt.Errorf("hold input of a character device: %w", err)
 		}
 	}
-	for _, d := range p.inst.nics {
-		if err := d.Hold(ctx); err != nil {
-			return fmt.Errorf("hold frames of %s: %w", d.NIC(), err)
-		}
-	}
 	return nil
 }
 
 func (p *primary) unholdInput() {
-	for _, d := range p.inst.nics {
-		d.Unhold()
-	}
 	for _, port := range p.inst.ports() {
 		port.Unhold()
 	}
@@ -233,6 +224,7 @@ func (p *primary) take(ctx context.Context, c *captured) error {
 		c.held += f.Bytes()
 		c.frames = append(c.frames, f)
 	}
+	c.input = p.takeInput()
 	for _, port := range i.ports() {
 		b := port.Cut()
 		c.held += int64(len(b))

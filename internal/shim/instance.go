@@ -41,6 +41,7 @@ type instance struct {
 	// guest agent, and for writing while the shim itself talks to it.
 	agentUse sync.RWMutex
 	nics     []*netbuf.Diverter
+	outlets  []*hostnet.Tap // by NIC, where ft: the way out of released frames
 	stores   []*blockstore.Store
 	vols     []*blockstore.Volume
 	taps     []string
@@ -117,6 +118,15 @@ func (i *instance) makeTaps() error {
 		}
 		i.onClose(func() { hostnet.DeleteTap(tap) })
 		i.taps = append(i.taps, tap)
+		if !i.ft {
+			continue
+		}
+		out, err := hostnet.OpenTap(tap)
+		if err != nil {
+			return err
+		}
+		i.onClose(func() { out.Close() })
+		i.outlets = append(i.outlets, out)
 	}
 	return nil
 }
@@ -253,7 +263,9 @@ func (i *instance) machine(incoming bool) qemu.Machine {
 		m.Disks[n].Socket, m.Disks[n].Export = i.nbdPath(), m.Disks[n].ID
 	}
 	for n := range m.NICs {
-		m.NICs[n].Tap = i.taps[n]
+		if m.NICs[n].Tap = i.taps[n]; i.ft {
+			m.NICs[n].FD = qemu.FirstFile + n
+		}
 	}
 	return m
 }
@@ -267,7 +279,20 @@ func (i *instance) start(ctx context.Context, incoming bool, lock *os.File) erro
 	if err := os.Rename(logPath, logPath+".1"); err != nil && !errors.Is(err, os.ErrNotExist) { // what it says is quoted
 		return fmt.Errorf("turn QEMU's log over: %w", err)
 	}
-	i.proc, err = qemu.Start(ctx, i.cfg.QEMU, args, qemu.StartOptions{LockFile: lock, LogPath: logPath,
+	var files []*os.File
+	defer func() {
+		for _, f := range files {
+			f.Close()
+		}
+	}()
+	for _, out := range i.outlets {
+		f, err := out.Inherit()
+		if err != nil {
+			return err
+		}
+		files = append(files, f)
+	}
+	i.proc, err = qemu.Start(ctx, i.cfg.QEMU, args, qemu.StartOptions{LockFile: lock, Files: files, LogPath: logPath,
 		PIDFile: filepath.Join(i.cfg.Dir, shimapi.QEMUPID), OOMScoreAdj: -500, Dir: i.cfg.Dir})
 	if err != nil {
 		return err

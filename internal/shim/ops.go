@@ -112,7 +112,7 @@ func (p *primary) announce(d time.Duration) {
 		wait := 20 * time.Millisecond
 		for end := time.Now().Add(d); time.Now().Before(end) && p.ctx.Err() == nil; wait = min(2*wait, time.Second) {
 			for n, nic := range p.s.cfg.Spec.NICs {
-				if n >= len(p.inst.nics) {
+				if n >= len(p.inst.outlets) {
 					break
 				}
 				mac, err := net.ParseMAC(nic.MAC)
@@ -120,9 +120,7 @@ func (p *primary) announce(d time.Duration) {
 					p.s.log.Error("announce", "nic", nic.ID, "error", err)
 					return
 				}
-				p.relMu.Lock()
-				_, err = p.s.gate.whileOpen(func() error { return p.inst.nics[n].Inject(p.ctx, rarp(mac)) })
-				p.relMu.Unlock()
+				_, err = p.s.gate.whileOpen(func() error { return p.inst.outlets[n].SendPlain(rarp(mac)) })
 				if err != nil && p.ctx.Err() == nil {
 					p.s.log.Warn("announce", "nic", nic.ID, "error", err)
 				}

@@ -564,24 +564,18 @@ func (pr *pair) release(c *captured) {
 
 // letGo writes the output of one epoch if the gate is open.
 func (p *primary) letGo(c *captured) bool {
-	p.relMu.Lock()
 	open, err := p.s.gate.whileOpen(func() error {
-		// The frames of a hand-over leave from the host that goes on: a stopped
-		// QEMU would not send them.
+		var errs []error
 		for n, f := range c.frames {
-			if c.flags&flagFinal != 0 {
-				break
-			}
-			if err := p.sendFrames(n, f); err != nil {
-				return err
+			if c.flags&flagFinal == 0 { // those of a hand-over leave from the host that goes on
+				errs = append(errs, f.Send(p.inst.outlets[n]))
 			}
 		}
 		for n, b := range c.ports {
 			p.inst.ports()[n].Release(b)
 		}
-		return nil
+		return errors.Join(errs...)
 	})
-	p.relMu.Unlock()
 	if !open {
 		return false
 	}
@@ -595,28 +589,11 @@ func (p *primary) letGo(c *captured) bool {
 	return true
 }
 
-// sendTimeout is how long QEMU may take to accept output; one that takes longer hangs.
-const sendTimeout = 5 * time.Second
-
-// sendFrames hands released frames to QEMU. One that does not take them is
-// given up: the other host has everything that was acknowledged.
-func (p *primary) sendFrames(nic int, f netbuf.Frames) error {
-	ctx, cancel := context.WithTimeout(p.ctx, sendTimeout)
-	defer cancel()
-	err := p.inst.nics[nic].Release(ctx, f)
-	if errors.Is(err, context.DeadlineExceeded) {
-		p.guestEnded("QEMU does not take its own output: it hangs")
-	}
-	return err
-}
-
-// releaseFrames lets frames by NIC leave; the guest runs.
+// releaseFrames lets frames by NIC leave.
 func (p *primary) releaseFrames(frames []netbuf.Frames) {
 	for n, f := range frames {
 		for p.ctx.Err() == nil {
-			p.relMu.Lock()
-			open, err := p.s.gate.whileOpen(func() error { return p.sendFrames(n, f) })
-			p.relMu.Unlock()
+			open, err := p.s.gate.whileOpen(func() error { return f.Send(p.inst.outlets[n]) })
 			if err != nil && p.ctx.Err() == nil {
 				p.s.log.Warn("release output", "error", err)
 			}
@@ -648,10 +625,7 @@ func (pr *pair) leave() {
 func (pr *pair) commitAlone() ([]*captured, error) {
 	pr.mu.Lock()
 	pr.books.Alone()
-	var flights []*captured
-	for _, n := range slices.Sorted(maps.Keys(pr.flights)) {
-		flights = append(flights, pr.flights[n])
-	}
+	flights := pr.sortedFlights()
 	pr.mu.Unlock()
 	for _, c := range flights {
 		c.pages.Release()
@@ -668,6 +642,15 @@ func (pr *pair) commitAlone() ([]*captured, error) {
 		}
 	}
 	return flights, nil
+}
+
+// sortedFlights lists the epochs whose output has not left, oldest first. mu is held.
+func (pr *pair) sortedFlights() []*captured {
+	var out []*captured
+	for _, n := range slices.Sorted(maps.Keys(pr.flights)) {
+		out = append(out, pr.flights[n])
+	}
+	return out
 }
 
 // releaseAlone lets the output of those epochs leave; the guest runs again, its

@@ -38,10 +38,6 @@ type primary struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 
-	// relMu is held while the guest is being stopped or stands still for a
-	// checkpoint, and while output is being released: QEMU drops released frames
-	// that it finds while stopped.
-	relMu sync.Mutex
 	// ramMu: one user of the memory's flush at a time.
 	ramMu sync.Mutex
 
@@ -57,6 +53,7 @@ type primary struct {
 	finalPaused bool            // the guest to be handed over was paused by a person
 	offAsked    bool            // the end of a guest that is off is under way
 	lastPages   int             // dirty pages of the last epoch
+	input       inputLog
 	kept        []netbuf.Frames // output that leaves as soon as the guest runs: of a hand-over, by NIC
 
 	latency atomic.Int64 // commit latency measured last, for the pacer
@@ -142,10 +139,12 @@ func (p *primary) close() {
 	p.mu.Lock()
 	pr := p.cur
 	p.mu.Unlock()
+	p.work.Wait()
 	if pr != nil {
+		p.carryOver(pr)
 		pr.close("the primary ends")
 	}
-	p.work.Wait()
+	p.input.close()
 }
 
 func (p *primary) setState(st model.RunState) {
@@ -261,8 +260,6 @@ func (p *primary) boundStop(l epoch.Load) {
 	if p.standing != "" || l.HeldBytes < heldOutputBound && l.DiskBytes < heldDiskBound && l.Pages*guestmem.PageSize < p.inst.ram.Size()/2 {
 		return
 	}
-	p.relMu.Lock()
-	defer p.relMu.Unlock()
 	st, err := p.stop()
 	if err != nil {
 		return
@@ -347,15 +344,13 @@ func (p *primary) pass() {
 		if frames, _, _ := d.Waiting(); frames == 0 {
 			continue
 		}
-		p.relMu.Lock()
 		open, err := p.s.gate.whileOpen(func() error {
 			f, err := d.Drain(p.ctx)
 			if err != nil {
 				return err
 			}
-			return p.sendFrames(n, f)
+			return f.Send(p.inst.outlets[n])
 		})
-		p.relMu.Unlock()
 		if err != nil && p.ctx.Err() == nil {
 			p.s.log.Warn("release output", "nic", d.NIC(), "error", err)
 		}
@@ -413,12 +408,10 @@ func (p *primary) checkpoint(flags uint32, stay bool) *captured {
 	return c
 }
 
-// awaitRoom waits until all earlier output has left, since a stopped QEMU does
-// not send what it is given; where that takes long, until an epoch may be
-// captured at all. It gives up when the pair is lost; the caller's person tries again.
+// awaitRoom waits until an epoch may be captured. It gives up when the pair is
+// lost; the caller's person tries again.
 func (p *primary) awaitRoom() bool {
-	patience := time.Now().Add(2 * time.Second)
-	for p.pair.inFlight() >= epoch.MaxInFlight || p.pair.unreleased() > 0 && time.Now().Before(patience) {
+	for p.pair.inFlight() >= epoch.MaxInFlight {
 		select {
 		case <-p.wake:
 		case <-time.After(beatInterval):
@@ -486,6 +479,7 @@ func (p *primary) enterHeld(pr *pair) {
 			port.SetHeld(true)
 		}
 		p.held = true
+		p.input.open(p.inst.taps, p.s.log)
 		return pr.takeLastDisk()
 	})
 	if err != nil {
@@ -545,9 +539,7 @@ func (p *primary) leave(pr *pair) {
 // leaveHeld is the end of holding. The guest stands still meanwhile.
 func (p *primary) leaveHeld(pr *pair) error {
 	start := time.Now()
-	p.relMu.Lock()
 	st, err := p.stop()
-	p.relMu.Unlock()
 	if err != nil {
 		return err
 	}
@@ -567,6 +559,7 @@ func (p *primary) leaveHeld(pr *pair) error {
 		}
 	}
 	p.held = false
+	p.input.close()
 	if p.goOn {
 		p.goOn = false
 		if err := p.resume(); err != nil {
@@ -576,7 +569,6 @@ func (p *primary) leaveHeld(pr *pair) error {
 		p.standing = standsPaused
 		p.setState(model.StatePaused)
 	}
-	// Only now: a stopped QEMU does not send what it is given.
 	pr.releaseAlone(flights)
 	if final {
 		kept := p.kept

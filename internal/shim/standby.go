@@ -12,6 +12,7 @@ import (
 	"perdure/internal/blockstore"
 	"perdure/internal/epoch"
 	"perdure/internal/guestmem"
+	"perdure/internal/hostnet"
 	"perdure/internal/model"
 	"perdure/internal/peer"
 	"perdure/internal/shimapi"
@@ -51,6 +52,16 @@ type standby struct {
 	newest   *whole
 	applyErr error  // why the applier ended before its time
 	primal   string // the primary's host
+	input    []seenInput
+	live     []*hostnet.Inbox // by NIC, after a takeover: where input goes at once
+	inputLen int
+
+	// Receiving ends with recvCtx, which outlasts a takeover for a moment.
+	recvCtx  context.Context
+	endRecv  context.CancelFunc
+	drained  sync.Once  // closes drain
+	recvMu   sync.Mutex // held while a message is taken
+	taken    bool       // with recvMu: nothing but input is taken any more
 
 	// receiver only
 	cur  *whole
@@ -78,6 +89,7 @@ func (s *Shim) startStandby() {
 		epochs: map[model.Epoch]*whole{}}
 	st.ctx, st.cancel = context.WithCancel(s.ctx)
 	st.tryCtx, st.endTries = context.WithCancel(st.ctx)
+	st.recvCtx, st.endRecv = context.WithCancel(s.ctx)
 	s.mu.Lock()
 	s.stby = st
 	s.mu.Unlock()
@@ -176,8 +188,8 @@ func (st *standby) serve() error {
 	st.s.post(authority.EvPeerUp{Host: h.Host, Run: h.Run, Term: h.Term, Mode: h.Mode})
 	st.goWork(st.applier)
 	err = st.follow(sess)
-	close(st.drain)
-	if st.ctx.Err() == nil {
+	st.drained.Do(func() { close(st.drain) })
+	if st.ctx.Err() == nil && !st.isTaken() {
 		st.s.tl.add("peer-lost", st.newestEpoch(), 0, "primary on host %s: %v", h.Host, err)
 		st.s.post(authority.EvPeerLost{})
 	}
@@ -187,18 +199,18 @@ func (st *standby) serve() error {
 // follow receives until the session is lost, and then takes what is left of it.
 func (st *standby) follow(sess *peer.Session) error {
 	for {
-		m, err := sess.Recv(st.ctx)
+		m, err := sess.Recv(st.recvCtx)
 		if err != nil {
 			if errors.Is(err, peer.ErrLost) {
 				for _, m := range sess.Leftover() {
-					if st.take(m) != nil {
+					if st.takeOne(m) != nil {
 						break
 					}
 				}
 			}
 			return err
 		}
-		if err := st.take(m); err != nil {
+		if err := st.takeOne(m); err != nil {
 			st.alarm(err.Error())
 			sess.Close(err.Error())
 			return err
@@ -226,6 +238,23 @@ func (st *standby) newestEpoch() model.Epoch {
 	return st.newest.epoch
 }
 
+// takeOne takes a message, unless this standby has become the VM: then only
+// what was sent to the guest matters.
+func (st *standby) takeOne(m peer.Message) error {
+	st.recvMu.Lock()
+	defer st.recvMu.Unlock()
+	if st.taken && m.Kind != kindInput {
+		return nil
+	}
+	return st.take(m)
+}
+
+func (st *standby) isTaken() bool {
+	st.recvMu.Lock()
+	defer st.recvMu.Unlock()
+	return st.taken
+}
+
 // take handles one ordered message.
 func (st *standby) take(m peer.Message) error {
 	switch m.Kind {
@@ -241,6 +270,8 @@ func (st *standby) take(m peer.Message) error {
 		return st.takePart(m)
 	case kindEpochEnd:
 		return st.takeEnd(m.Payload)
+	case kindInput:
+		return st.takeInput(m.Payload)
 	case kindHandOver:
 		b, err := decodeBeat(m.Payload)
 		if err != nil {
@@ -662,6 +693,7 @@ func (st *standby) compare(c *whole) error {
 
 func (st *standby) close() {
 	st.cancel()
+	st.endRecv()
 	st.mu.Lock()
 	sess := st.sess
 	st.mu.Unlock()

@@ -27,9 +27,7 @@ func (p *primary) powerOff() {
 			return
 		}
 	} else {
-		p.relMu.Lock()
 		_, err := p.stop()
-		p.relMu.Unlock()
 		if err != nil {
 			p.guestEnded(err.Error())
 			return
@@ -95,9 +93,7 @@ func (p *primary) pause() error {
 			return errors.New("the last checkpoint failed; see events")
 		}
 	} else {
-		p.relMu.Lock()
 		_, err := p.stop()
-		p.relMu.Unlock()
 		if err != nil {
 			return err
 		}
@@ -159,6 +155,7 @@ func (p *primary) switchover() error {
 	p.setState(model.StateHeld)
 	p.kept = c.frames
 	p.s.tl.add("switchover", c.epoch, 0, "final epoch captured, handing over")
+	p.carryDuring(p.pair)
 	p.whenReleased(c, func() { p.s.post(authority.EvSwitchedOver{}) })
 	return nil
 }

@@ -80,12 +80,14 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 	}
 	s.turnSwitches()
 	if err := st.settle(); err != nil {
+		st.endReceiving()
 		fail(err)
 		return
 	}
 	applied := time.Now()
 	c := st.newest
 	if err := st.inst.qmp.LoadDevices(s.ctx, c.dev); err != nil {
+		st.endReceiving()
 		fail(fmt.Errorf("load device state of epoch %d: %w", c.epoch, err))
 		return
 	}
@@ -112,7 +114,9 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 		p.faulted()
 	default:
 		p.run(a.Paused) // the record knows better than the epoch what a person wants
+		p.do(func() { st.deliverInput(c.epoch) })
 	}
+	s.goWork(st.receiveOn)
 	s.tl.add("takeover", c.epoch, time.Since(start), "the VM goes on here as of epoch %d (applied in %.1f ms, loaded and running in %.1f ms)",
 		c.epoch, ms(applied.Sub(start)), ms(time.Since(applied)))
 	p.announce(announceFor)
@@ -127,19 +131,20 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 // old host's network card may still be draining.
 const announceFor = 5 * time.Second
 
-// settle ends receiving, waits until everything complete is applied, and makes
+// settle ends the receiving of epochs, waits until everything complete is applied, and makes
 // the disks ready for direct writes.
 func (st *standby) settle() error {
 	st.endTries()
+	st.recvMu.Lock()
+	st.taken = true
 	st.mu.Lock()
 	acts, err := st.books.Takeover()
-	sess := st.sess
 	st.mu.Unlock()
+	st.recvMu.Unlock()
 	if err != nil {
 		return err
 	}
-	go sess.Close("taken over")
-	<-st.drain
+	st.drained.Do(func() { close(st.drain) })
 	if err := st.carryOut(acts); err != nil {
 		return err
 	}
@@ -164,7 +169,8 @@ func (st *standby) settle() error {
 	return nil
 }
 
-// retire ends what only a standby needs; the instance lives on.
+// retire ends what only a standby needs; the instance lives on, and so does the
+// session for a moment (receiveOn).
 func (st *standby) retire() {
 	st.cancel()
 	if st.ln != nil {

@@ -124,7 +124,7 @@ func (st *standby) scratch(ctx context.Context, dir string) (_ *qemu.Process, _ 
 		m.VNCPath = filepath.Join(dir, "vnc")
 	}
 	for n := range m.NICs {
-		m.NICs[n].Tap = "px" + m.NICs[n].Tap[2:] // QEMU makes it, and it goes with QEMU
+		m.NICs[n].Tap, m.NICs[n].FD = "px"+m.NICs[n].Tap[2:], 0 // QEMU makes it, and it goes with QEMU
 	}
 	var ports []*chardev.Port
 	done = func() {

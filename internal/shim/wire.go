@@ -32,6 +32,7 @@ const (
 	kindSyncFlush                     // make the copy so far durable
 	kindSyncFlushed                   // secondary to primary: it is
 	kindHandOver                      // switchover: the secondary may claim
+	kindInput                         // inputHead, frames that the guest got and may have to get again
 )
 
 // Kinds of urgent messages: small, sent on every link, may come twice or out of order.
@@ -131,6 +132,13 @@ type endTally struct {
 type diskPart struct {
 	Disk uint32
 	More uint32 // 1: another piece follows
+}
+
+// inputHead heads frames that were sent to the guest (hostnet.Inbox).
+type inputHead struct {
+	NIC   uint32
+	Zero  uint32
+	Epoch uint64 // the first epoch whose state contains what the guest made of them
 }
 
 // diskChunk heads a piece of the full copy of a disk.

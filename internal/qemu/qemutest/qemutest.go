@@ -50,7 +50,7 @@ func Machine(t testing.TB, command string) qemu.Machine {
 }
 
 // Start runs a machine; its guest waits for Cont.
-func Start(t testing.TB, m qemu.Machine) *Guest {
+func Start(t testing.TB, m qemu.Machine, files ...*os.File) *Guest {
 	t.Helper()
 	path := testenv.QEMU(t)
 	args, err := qemu.Args(m)
@@ -59,7 +59,7 @@ func Start(t testing.TB, m qemu.Machine) *Guest {
 	}
 	ctx := Context(t)
 	dir := filepath.Dir(m.QMPPath)
-	p, err := qemu.Start(ctx, path, args, qemu.StartOptions{LogPath: filepath.Join(dir, "log")})
+	p, err := qemu.Start(ctx, path, args, qemu.StartOptions{LogPath: filepath.Join(dir, "log"), Files: files})
 	if err != nil {
 		t.Fatal(err)
 	}
