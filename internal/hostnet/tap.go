@@ -77,7 +77,7 @@ func (t *Tap) Send(frame []byte, header int) error {
 		_, err = unix.Writev(t.fd, [][]byte{head, frame[header:]})
 	}
 	if err != nil {
-		return fmt.Errorf("send on tap %s: %w", t.name, err)
+		return fmt.Errorf("send %d bytes on tap %s, header % x (the tap's has %d bytes): %w", len(frame), t.name, frame[:header], want, err)
 	}
 	return nil
 }

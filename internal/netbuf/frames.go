@@ -45,6 +45,9 @@ func (f Frames) Send(out Outlet) error {
 			n, header := int(binary.BigEndian.Uint32(b)), int(binary.BigEndian.Uint32(b[4:]))
 			frame := b[prefix : prefix+n]
 			b = b[prefix+n:]
+			if announcement(frame) {
+				continue
+			}
 			if err := out.Send(frame, header); err != nil {
 				lost++
 				failed = cmp.Or(failed, err)
@@ -55,6 +58,14 @@ func (f Frames) Send(out Outlet) error {
 		return fmt.Errorf("send frames: %d of %d lost: %w", lost, f.frames, failed)
 	}
 	return nil
+}
+
+// announcement recognises what QEMU sends by itself when it goes on after a
+// load, which comes without the header that it is said to have. Whoever moves a
+// guest announces it in its own way.
+func announcement(frame []byte) bool {
+	const broadcast, rarp = "\xff\xff\xff\xff\xff\xff", "\x80\x35"
+	return len(frame) == 60 && string(frame[:6]) == broadcast && string(frame[12:14]) == rarp
 }
 
 // Drop forgets them.
