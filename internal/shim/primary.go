@@ -47,12 +47,12 @@ type primary struct {
 	standing    string
 	pacer       *epoch.Pacer
 	started     bool
-	boundSince  time.Time       // standsBound: since when
-	boundTold   bool            // and whether people were told
-	goOn        bool            // leaving a pair: the guest runs again afterwards
-	finalPaused bool            // the guest to be handed over was paused by a person
-	offAsked    bool            // the end of a guest that is off is under way
-	lastPages   int             // dirty pages of the last epoch
+	boundSince  time.Time // standsBound: since when
+	boundTold   bool      // and whether people were told
+	goOn        bool      // leaving a pair: the guest runs again afterwards
+	finalPaused bool      // the guest to be handed over was paused by a person
+	offAsked    bool      // the end of a guest that is off is under way
+	lastPages   int       // dirty pages of the last epoch
 	input       inputLog
 	kept        []netbuf.Frames // output that leaves as soon as the guest runs: of a hand-over, by NIC
 

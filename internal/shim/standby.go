@@ -57,11 +57,11 @@ type standby struct {
 	inputLen int
 
 	// Receiving ends with recvCtx, which outlasts a takeover for a moment.
-	recvCtx  context.Context
-	endRecv  context.CancelFunc
-	drained  sync.Once  // closes drain
-	recvMu   sync.Mutex // held while a message is taken
-	taken    bool       // with recvMu: nothing but input is taken any more
+	recvCtx context.Context
+	endRecv context.CancelFunc
+	drained sync.Once  // closes drain
+	recvMu  sync.Mutex // held while a message is taken
+	taken   bool       // with recvMu: nothing but input is taken any more
 
 	// receiver only
 	cur  *whole
