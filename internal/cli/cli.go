@@ -172,7 +172,7 @@ func (a *app) finish(ctx context.Context, err error) int {
 	}
 	// The command that was run has said what there is to say. Only the error
 	// itself counts, not what it wraps: a helper's exit code is not ours.
-	if e, ok := err.(interface{ ExitCode() int }); ok { //nolint:errorlint // see above
+	if e, ok := err.(interface{ ExitCode() int }); ok {
 		return e.ExitCode()
 	}
 	if errors.Is(err, context.Canceled) && ctx.Err() != nil {

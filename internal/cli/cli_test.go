@@ -236,7 +236,7 @@ func TestConsoleReconnects(t *testing.T) {
 		n := l.n
 		go func() { // ends with its writes
 			defer there.Close()
-			io.WriteString(there, history) //nolint:errcheck // the test notices
+			io.WriteString(there, history)
 			fmt.Fprintf(there, "line %d after it\n", n)
 			if n == 2 {
 				f.Update(func(f *apitest.Fake) {

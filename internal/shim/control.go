@@ -49,13 +49,13 @@ func (c *control) serve(ctx context.Context) error {
 		<-ctx.Done()
 		c.srv.Close()
 	}()
-	go c.srv.Serve(ln)
+	go func() { _ = c.srv.Serve(ln) }() // until it is closed
 	return nil
 }
 
 func (c *control) status(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
-	json.NewEncoder(w).Encode(c.shim.Status())
+	_ = json.NewEncoder(w).Encode(c.shim.Status()) // the caller has gone
 }
 
 func (c *control) op(w http.ResponseWriter, r *http.Request) {
@@ -72,7 +72,7 @@ func (c *control) op(w http.ResponseWriter, r *http.Request) {
 		res.Error = err.Error()
 	}
 	w.Header().Set("Content-Type", "application/json")
-	json.NewEncoder(w).Encode(res)
+	_ = json.NewEncoder(w).Encode(res) // the caller has gone
 }
 
 // agent connects to the guest-agent port. All who do share it.

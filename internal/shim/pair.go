@@ -704,7 +704,7 @@ func tellPeer(sess *peer.Session, a authority.ActTell) {
 	case authority.TellSwitchover:
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
-		sess.Send(ctx, kindHandOver, beat{Term: uint64(a.Term), Run: packRun(a.Run)}.encode())
+		_ = sess.Send(ctx, kindHandOver, beat{Term: uint64(a.Term), Run: packRun(a.Run)}.encode())
 	}
 }
 

@@ -245,7 +245,10 @@ func (p *primary) next() time.Duration {
 			return max(d.At-load.Now, 0)
 		}
 		if p.standing == standsBound {
-			p.resume()
+			if err := p.resume(); err != nil {
+				p.guestEnded(err.Error())
+				return time.Hour
+			}
 		}
 		p.checkpoint(0, false)
 	}

@@ -90,8 +90,8 @@ func (st *standby) tryBy(ctx context.Context, ask chan<- func(*whole)) (n model.
 	}
 	defer func() {
 		q.Close()
-		proc.Kill()
-		proc.Wait(context.WithoutCancel(ctx))
+		_ = proc.Kill() // it may have ended
+		_, _ = proc.Wait(context.WithoutCancel(ctx))
 	}()
 	result := make(chan error, 1)
 	job := func(c *whole) {
@@ -149,7 +149,7 @@ func (st *standby) scratch(ctx context.Context, dir string) (_ *qemu.Process, _ 
 	}
 	q, err := qemu.DialQMP(ctx, m.QMPPath, proc.LogTail)
 	if err != nil {
-		proc.Kill()
+		_ = proc.Kill() // it may have ended
 		return nil, nil, done, err
 	}
 	return proc, q, done, nil
