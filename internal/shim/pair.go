@@ -568,7 +568,7 @@ func (p *primary) letGo(c *captured) bool {
 		var errs []error
 		for n, f := range c.frames {
 			if c.flags&flagFinal == 0 { // those of a hand-over leave from the host that goes on
-				errs = append(errs, f.Send(p.inst.outlets[n]))
+				errs = append(errs, f.Send(p.s.gate.pieced(p.inst.outlets[n])))
 			}
 		}
 		for n, b := range c.ports {
@@ -593,7 +593,7 @@ func (p *primary) letGo(c *captured) bool {
 func (p *primary) releaseFrames(frames []netbuf.Frames) {
 	for n, f := range frames {
 		for p.ctx.Err() == nil {
-			open, err := p.s.gate.whileOpen(func() error { return f.Send(p.inst.outlets[n]) })
+			open, err := p.s.gate.whileOpen(func() error { return f.Send(p.s.gate.pieced(p.inst.outlets[n])) })
 			if err != nil && p.ctx.Err() == nil {
 				p.s.log.Warn("release output", "error", err)
 			}

@@ -352,7 +352,7 @@ func (p *primary) pass() {
 			if err != nil {
 				return err
 			}
-			return f.Send(p.inst.outlets[n])
+			return f.Send(p.s.gate.pieced(p.inst.outlets[n]))
 		})
 		if err != nil && p.ctx.Err() == nil {
 			p.s.log.Warn("release output", "nic", d.NIC(), "error", err)
