@@ -21,7 +21,11 @@ need=()
 # want PACKAGE PROGRAM…: the package is needed unless all programs are there
 want() { local pkg=$1 p; shift; for p; do command -v "$p" >/dev/null 2>&1 || { need+=("$pkg"); return; }; done; }
 want qemu-system-x86 qemu-system-x86_64
-want qemu-utils qemu-img
+want qemu-utils qemu-img qemu-io qemu-nbd
+want libnbd-bin nbdinfo nbdcopy
+want python3-libnbd nbdsh
+want fio fio
+want nbdkit nbdkit
 want busybox-static busybox
 want cpio cpio
 want kmod depmod
