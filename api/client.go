@@ -92,7 +92,8 @@ func verifyChain(cs tls.ConnectionState, roots *x509.CertPool) error {
 // New makes a client; nothing is dialled before the first call.
 func New(o Options) (*Client, error) {
 	c := &Client{}
-	d := &net.Dialer{Timeout: dialTimeout, KeepAlive: 5 * time.Second}
+	// A host that lost its power is noticed in seconds, also by who only listens.
+	d := &net.Dialer{Timeout: dialTimeout, KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 2 * time.Second, Interval: time.Second, Count: 4}}
 	switch {
 	case o.Socket != "" && len(o.Servers) > 0:
 		return nil, Errorf(Invalid, "both a socket (%s) and a server (%s) are given; give one of both", o.Socket, strings.Join(o.Servers, ","))

@@ -425,7 +425,30 @@ func (a *Agent) Console(ctx context.Context, name string) (io.ReadWriteCloser, e
 	if err != nil {
 		return nil, err
 	}
-	return p.api.Console(api.WithForwarded(ctx), name)
+	conn, err := p.api.Console(api.WithForwarded(ctx), name)
+	if err != nil {
+		return nil, err
+	}
+	go a.closeWhenMoved(ctx, name, rec.Primary.Host, conn) // ends with the request
+	return conn, nil
+}
+
+// closeWhenMoved ends a console that leads to a host when the VM runs on
+// another: a host without power, or frozen, never says that it has ended.
+func (a *Agent) closeWhenMoved(ctx context.Context, name, host string, conn io.Closer) {
+	t := time.NewTicker(500 * time.Millisecond)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		if v, err := a.find(ctx, name); err == nil && v.Record.Record.Primary.Host != host {
+			conn.Close()
+			return
+		}
+	}
 }
 
 func joinOr(list []string, other string) string {
