@@ -4,12 +4,16 @@
 //
 // # Concurrency
 //
-// Each connection has a bounded number of workers. One of them at a time reads
-// a request, passes the reading on, carries its request out and answers it, so
-// requests are pipelined and answered out of order, and at queue depth 1 no
-// request changes goroutines on its way. Order between overlapping requests is
-// the backend's business, as is the promise behind CAN_MULTI_CONN: a Flush
-// covers every write that was answered before, on whatever connection.
+// Each connection has a bounded number of workers. One of them at a time, the
+// one that has the turn, reads requests. Quick ones it carries out itself, and
+// lets their answers leave together; before any other it passes the turn on, so
+// requests are pipelined and answered out of order. pace.go says how it is known
+// what is quick, and what happens when that was wrong. Each connection also has
+// a minder, a goroutine that sleeps while there are no requests.
+//
+// Order between overlapping requests is the backend's business, as is the
+// promise behind CAN_MULTI_CONN: a Flush covers every write that was answered
+// before, on whatever connection.
 //
 // # Failure
 //
