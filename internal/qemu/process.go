@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -49,8 +50,10 @@ type Process struct {
 	logPath string
 	adopted bool
 
-	exited chan struct{}
-	reason ExitReason // set before exited is closed
+	exited    chan struct{}
+	reason    ExitReason // set before exited is closed
+	dying     chan struct{}
+	dyingOnce sync.Once
 }
 
 // ExitReason says how a process ended.
@@ -107,7 +110,7 @@ func Start(ctx context.Context, path string, args []string, o StartOptions) (_ *
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", path, err)
 	}
-	p := &Process{pid: cmd.Process.Pid, logPath: o.LogPath, exited: make(chan struct{})}
+	p := &Process{pid: cmd.Process.Pid, logPath: o.LogPath, exited: make(chan struct{}), dying: make(chan struct{})}
 	if pidfd >= 0 {
 		p.pidfd = os.NewFile(uintptr(pidfd), "pidfd")
 	}
@@ -147,6 +150,7 @@ func (p *Process) reap(cmd *exec.Cmd) {
 	}
 	r.Stderr = p.LogTail(tailBytes)
 	p.reason = r
+	p.markDying()
 	close(p.exited)
 }
 
@@ -178,7 +182,7 @@ func Adopt(pidFile, logPath string) (*Process, error) {
 		unix.Close(fd)
 		return nil, fmt.Errorf("adopt QEMU: %w (pid %d is another process now)", ErrNoProcess, pid)
 	}
-	p := &Process{pid: pid, logPath: logPath, adopted: true, exited: make(chan struct{})}
+	p := &Process{pid: pid, logPath: logPath, adopted: true, exited: make(chan struct{}), dying: make(chan struct{})}
 	p.pidfd = os.NewFile(uintptr(fd), "pidfd")
 	go p.watch(fd)
 	return p, nil
@@ -193,6 +197,7 @@ func (p *Process) watch(fd int) {
 		}
 	}
 	p.reason = ExitReason{Code: -1, Adopted: true, Stderr: p.LogTail(tailBytes)}
+	p.markDying()
 	close(p.exited)
 }
 

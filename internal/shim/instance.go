@@ -303,7 +303,26 @@ func (i *instance) start(ctx context.Context, incoming bool, lock *os.File) erro
 		return err
 	}
 	i.onClose(func() { i.qmp.Close() })
+	i.watchDying(ctx)
 	return nil
+}
+
+// watchDying makes the end of QEMU known as early as the kernel can tell: a
+// command that waits for a dying QEMU would wait until its memory is taken down.
+func (i *instance) watchDying(ctx context.Context) {
+	tids, err := i.qmp.VCPUThreads(ctx)
+	if err != nil {
+		i.log.Warn("the end of QEMU may be noticed late", "error", err)
+	}
+	i.proc.WatchThreads(append(tids, i.proc.PID()))
+	go func() { // ends with QEMU, which close ends
+		<-i.proc.Dying()
+		i.qmp.Abort()
+		began := time.Now()
+		if r, err := i.proc.Wait(context.Background()); err == nil {
+			i.log.Info("QEMU has ended", "how", r.String(), "took_ms", ms(time.Since(began)))
+		}
+	}()
 }
 
 // kill ends QEMU and waits until it is gone.

@@ -175,7 +175,7 @@ func (p *primary) loop() {
 				continue
 			}
 			p.onEvent(ev)
-		case <-p.inst.proc.Exited():
+		case <-p.inst.proc.Dying():
 			p.guestEnded("QEMU ended: " + p.exitReason())
 			return
 		case <-p.ramFailed():
@@ -194,11 +194,15 @@ func (p *primary) ramFailed() <-chan struct{} {
 }
 
 func (p *primary) exitReason() string {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	patience := time.Second
+	if p.held {
+		patience = time.Millisecond // a successor waits; the log has the rest
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	r, err := p.inst.proc.Wait(ctx)
 	if err != nil {
-		return err.Error()
+		return "it was told to or broke"
 	}
 	return r.String()
 }

@@ -237,3 +237,41 @@ func serveNBD(t *testing.T, nbd, image, socket string) {
 		}
 	}
 }
+
+// TestDying: the end of QEMU is known when its first thread has gone, and no
+// command waits for the rest of it.
+func TestDying(t *testing.T) {
+	ctx := qemutest.Context(t)
+	m := qemutest.Machine(t, "")
+	m.Memory = 1 << 30 // takes a while to take down
+	g := qemutest.Start(t, m)
+	tids, err := g.Q.VCPUThreads(ctx)
+	check(t, err)
+	if len(tids) != m.VCPUs {
+		t.Fatalf("%d vCPU threads, want %d", len(tids), m.VCPUs)
+	}
+	g.WatchThreads(append(tids, g.PID()))
+	check(t, g.Q.Cont(ctx))
+	select {
+	case <-g.Dying():
+		t.Fatal("called dying while it runs")
+	case <-time.After(50 * time.Millisecond):
+	}
+	began := time.Now()
+	check(t, g.Kill())
+	select {
+	case <-g.Dying():
+	case <-ctx.Done():
+		t.Fatal("the end was not noticed")
+	}
+	dying := time.Since(began)
+	g.Q.Abort()
+	if err := g.Q.Cont(ctx); err == nil {
+		t.Error("a dead QEMU goes on")
+	}
+	if _, err := g.Wait(ctx); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("known to die after %v, ended after %v", dying, time.Since(began))
+	g.WatchThreads(tids) // of a process that is gone: nothing to watch
+}
