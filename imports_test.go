@@ -65,6 +65,7 @@ func table() map[string]row {
 		"internal/authority": {pure, nil},
 		"internal/epoch":     {pure, nil},
 		"internal/replica":   {pure, nil},
+		"internal/netpath":   {pure, nil},
 
 		"internal/config": {mechanisms, []edge{{"github.com/BurntSushi/toml", "configuration files are TOML"}}},
 		"internal/pki":    {mechanisms, nil},
@@ -84,7 +85,7 @@ func table() map[string]row {
 		"internal/doctor":   {mechanisms, []edge{sys}},
 		"internal/selftest": {assemblies, append(down("internal/guestmem", "internal/qemu"), sys)},
 
-		"internal/agent": {assemblies, append(down("internal/authority", "internal/clusterstore", "internal/config", "internal/pki", "internal/shimapi", "internal/vfs", "internal/bitmap", "internal/hostnet"),
+		"internal/agent": {assemblies, append(down("internal/authority", "internal/clusterstore", "internal/config", "internal/pki", "internal/shimapi", "internal/vfs", "internal/bitmap", "internal/hostnet", "internal/netpath"),
 			sys, edge{"api", "it implements what httpapi asks for, whose words are the wire types; it does not import httpapi"},
 			edge{"internal/blockstore", "it makes and removes the disks of a VM; their metadata says what may be started from"},
 			edge{"github.com/prometheus/client_golang", "metrics"}, edge{"github.com/coreos/go-systemd/v22", "readiness"}, edge{"golang.org/x/sync", "groups of goroutines"})},
