@@ -93,6 +93,8 @@ type Agent struct {
 	member    membership
 	links     alinks
 	renewal   renewing // housekeep's own
+	nets      *networks
+	changed   chan struct{} // this host's own words have changed
 
 	mu      sync.Mutex
 	workers map[string]*worker
@@ -129,6 +131,8 @@ func Open(ctx context.Context, stateDir string, opts Options) (_ *Agent, err err
 	a.ops = newOperations(cfg.Name)
 	a.uploads = &uploads{dir: cfg.Path("uploads")}
 	a.statuses = newStatusCache()
+	a.changed = make(chan struct{}, 1)
+	a.nets = newNetworks(a)
 	if err := a.loadIdentity(); err != nil {
 		return nil, err
 	}
@@ -252,7 +256,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	servers := a.servers(ctx)
 	loops := []func(context.Context){a.publish, a.keepAlive, a.housekeep}
 	if a.cfg.Role == config.RoleHost {
-		loops = append(loops, a.probe, a.manage, a.watchALinks)
+		loops = append(loops, a.probe, a.manage, a.watchALinks, a.nets.run)
 	}
 	for _, f := range loops {
 		a.wg.Go(func() { f(ctx) })

@@ -51,6 +51,8 @@ func (a *Agent) publish(ctx context.Context) {
 		if differs(info, last) {
 			if err := a.store.PutHost(ctx, info); err == nil {
 				last = info
+			} else {
+				wait = time.Second
 			}
 		}
 		if !named || last.Name == "" {
@@ -58,9 +60,20 @@ func (a *Agent) publish(ctx context.Context) {
 		} else if a.cfg.Role == config.RoleHost && (a.machine.Load() == nil || info.Tracking == clusterstore.TrackingPending) {
 			wait = 200 * time.Millisecond // QEMU is being tried, or tracking proved; the result is waited for
 		}
-		if !sleep(ctx, wait) {
+		select {
+		case <-ctx.Done():
 			return
+		case <-a.changed:
+		case <-time.After(wait):
 		}
+	}
+}
+
+// hostChanged has this host's words published again.
+func (a *Agent) hostChanged() {
+	select {
+	case a.changed <- struct{}{}:
+	default:
 	}
 }
 
@@ -69,6 +82,7 @@ func (a *Agent) hostInfo() clusterstore.HostInfo {
 	info := clusterstore.HostInfo{
 		Name: a.cfg.Name, Role: string(a.cfg.Role), API: a.cfg.APIAddr(), ALinks: a.cfg.ALinkAddrs(), CPUs: runtime.NumCPU(),
 		MemoryTotal: total, MemoryFree: free, Version: a.opts.Version, StateDir: a.cfg.StateDir, CertificateEnds: a.id.Expires().UTC(),
+		Networks: a.nets.now(),
 	}
 	if m := a.machine.Load(); m != nil {
 		info.QEMU, info.Accel, info.Machine, info.CPU = m.QEMU, m.Accel, m.Type, m.CPU

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sort"
 	"sync"
 	"time"
@@ -229,6 +230,28 @@ func (a *Agent) vmProblems(v clusterstore.VMView, state model.RunState) []model.
 		out = append(out, model.Problem{Code: "protection-off", Severity: model.Warning,
 			Text: "the second copy was given up by a person", Action: "perdure vm protect " + v.Spec.Name})
 	}
+	if rec.Mode != model.ModeStopped {
+		out = append(out, a.nicProblems(v)...)
+	}
+	return out
+}
+
+// nicProblems names what is wrong with the bridges that a VM uses where it runs.
+func (a *Agent) nicProblems(v clusterstore.VMView) (out []model.Problem) {
+	for _, h := range a.store.Hosts() {
+		if h.Name != v.Record.Record.Primary.Host {
+			continue
+		}
+		nets := h.Networks
+		if h.Name == a.cfg.Name {
+			nets = a.nets.now()
+		}
+		for _, n := range nets {
+			if slices.ContainsFunc(v.Spec.NICs, func(c model.NICSpec) bool { return c.Bridge == n.Bridge }) {
+				out = append(out, n.Problems...)
+			}
+		}
+	}
 	return out
 }
 
@@ -275,6 +298,9 @@ func hostProblems(h clusterstore.HostView) []model.Problem {
 		out = append(out, model.Problem{Code: "tracking-failed", Severity: model.Critical,
 			Text:   "no VM is protected at level ft on " + h.Name + ": the proof of dirty tracking failed: " + h.TrackingText,
 			Action: "use another kernel or QEMU there (perdure doctor tries again), and report these two and the processor"})
+	}
+	for _, n := range h.Networks {
+		out = append(out, n.Problems...)
 	}
 	return out
 }

@@ -16,9 +16,9 @@ import (
 // hostFlags are the flags of init, join and witness that make a host's configuration.
 type hostFlags struct {
 	file, name, stateDir, address, qemu, qemuImg string
-	alinks                                       []string
+	alinks, networks                             []string
 	apiPort, peerPort, clientPort                int
-	bootWait                                     time.Duration
+	bootWait, networkStable                      time.Duration
 	proof                                        string
 }
 
@@ -29,6 +29,8 @@ func (h *hostFlags) add(c *cobra.Command) {
 	f.StringVar(&h.stateDir, "state-dir", "", "`DIR` where everything is kept (default "+config.DefaultStateDir+")")
 	f.StringVar(&h.address, "address", "", "`IP` address of this host on the LAN")
 	f.StringArrayVar(&h.alinks, "alink", nil, "`IP` address of this host on an availability link; once per link, in the same order on every host")
+	f.StringArrayVar(&h.networks, "network", nil, "bridge that another host is to carry when its uplink fails here: `BRIDGE=UPLINK[,UPLINK…]`; once per bridge")
+	f.DurationVar(&h.networkStable, "network-stable", 0, "how long an uplink must be good before it is used again (default 10s)")
 	f.IntVar(&h.apiPort, "api-port", 0, "TCP `PORT` of the API (default 7400)")
 	f.IntVar(&h.peerPort, "etcd-peer-port", 0, "TCP `PORT` of the cluster store, between voters (default 7401)")
 	f.IntVar(&h.clientPort, "etcd-client-port", 0, "TCP `PORT` of the cluster store, for its clients (default 7402)")
@@ -74,6 +76,16 @@ func (h *hostFlags) config(c *cobra.Command, role config.Role) (config.Config, e
 		conf.ALinks = nil
 		for _, addr := range h.alinks {
 			conf.ALinks = append(conf.ALinks, config.ALink{Address: addr})
+		}
+	}
+	if c.Flags().Changed("network") {
+		conf.Networks = nil
+		for _, n := range h.networks {
+			bridge, uplinks, ok := strings.Cut(n, "=")
+			if !ok || uplinks == "" {
+				return conf, api.Errorf(api.Invalid, "--network %q names no uplink", n).WithAction("write it like --network br0=eth0")
+			}
+			conf.Networks = append(conf.Networks, config.Network{Bridge: bridge, Uplinks: strings.Split(uplinks, ","), Stable: config.Duration(h.networkStable)})
 		}
 	}
 	if conf.Name == "" {

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"perdure/internal/model"
 )
 
 // The keys; see the table in docs. Names hold no slash.
@@ -54,7 +56,19 @@ type HostInfo struct {
 	Tracking     Tracking `json:"tracking,omitempty"`
 	TrackingText string   `json:"tracking_text,omitempty"`
 	// CertificateEnds is when the host's certificate does; it is renewed long before.
-	CertificateEnds time.Time `json:"certificate_ends,omitzero"`
+	CertificateEnds time.Time     `json:"certificate_ends,omitzero"`
+	Networks        []HostNetwork `json:"networks,omitempty"`
+}
+
+// HostNetwork is what a host says of one bridge that others may carry.
+type HostNetwork struct {
+	Bridge    string          `json:"bridge"`
+	Uplinks   []string        `json:"uplinks"`
+	Good      bool            `json:"good"`                 // the uplink works
+	CarriedBy string          `json:"carried_by,omitempty"` // host over which the frames go
+	Carries   []string        `json:"carries,omitempty"`    // hosts whose frames go over this one
+	Since     time.Time       `json:"since,omitzero"`       // of the present way
+	Problems  []model.Problem `json:"problems,omitempty"`
 }
 
 // Tracking is the state of a host's proof of dirty tracking.

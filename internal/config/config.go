@@ -65,6 +65,28 @@ type ALink struct {
 	Address string `toml:"address"` // IP address of this host on the link
 }
 
+// Network is a bridge that another host carries when its uplink has failed
+// here. The same bridge has to be named on the other hosts.
+type Network struct {
+	Bridge  string   `toml:"bridge"`  // name of the bridge
+	Uplinks []string `toml:"uplinks"` // ports of the bridge that lead outside; at least one
+	// Probe are IPv4 addresses beyond the uplink; while none of them answers ARP
+	// the uplink counts as failed, whatever its carrier says. Empty: carrier only.
+	Probe  []string `toml:"probe,omitempty"`
+	Stable Duration `toml:"stable,omitempty"` // how long an uplink must be good before it is used again, 100ms–1h, default 10s
+}
+
+// DefaultStable is Network.Stable where it is not given.
+const DefaultStable = 10 * time.Second
+
+// StableFor returns Stable or its default.
+func (n Network) StableFor() time.Duration {
+	if n.Stable == 0 {
+		return DefaultStable
+	}
+	return n.Stable.D()
+}
+
 // Etcd holds the timings of the cluster store; all members should have the same.
 type Etcd struct {
 	Heartbeat Duration `toml:"heartbeat"` // 10ms–5s, default 100ms
@@ -85,6 +107,11 @@ type Config struct {
 	LAN           LAN     `toml:"lan"`
 	ALinks        []ALink `toml:"alinks"` // at most 8; empty: the LAN address is used
 	Etcd          Etcd    `toml:"etcd"`
+
+	// CarryPort is the TCP and UDP port on the A-links by which bridges are
+	// carried over other hosts; the same on every host. 1–65535, default 7403.
+	CarryPort int       `toml:"carry_port"`
+	Networks  []Network `toml:"networks,omitempty"`
 }
 
 // Default returns the configuration of a host about which only name and
@@ -98,6 +125,8 @@ func Default() Config {
 		BootWait: Duration(20 * time.Second),
 		LAN:      LAN{APIPort: 7400, EtcdPeerPort: 7401, EtcdClientPort: 7402},
 		Etcd:     Etcd{Heartbeat: Duration(100 * time.Millisecond), Election: Duration(time.Second)},
+
+		CarryPort: 7403,
 	}
 }
 
@@ -133,7 +162,7 @@ func Parse(data []byte) (Config, error) {
 		for i, k := range un {
 			keys[i] = k.String()
 		}
-		return Config{}, fmt.Errorf("unknown key %s; allowed are name, state_dir, role, qemu, qemu_img, boot_wait, tracking_proof, [lan] address, api_port, etcd_peer_port, etcd_client_port, [[alinks]] address, [etcd] heartbeat, election",
+		return Config{}, fmt.Errorf("unknown key %s; allowed are name, state_dir, role, qemu, qemu_img, boot_wait, tracking_proof, [lan] address, api_port, etcd_peer_port, etcd_client_port, [[alinks]] address, [etcd] heartbeat, election, carry_port, [[networks]] bridge, uplinks, probe, stable",
 			strings.Join(keys, ", "))
 	}
 	if err := c.Validate(); err != nil {
@@ -187,7 +216,7 @@ func (c Config) Validate() error {
 	for _, p := range []struct {
 		key string
 		n   int
-	}{{"lan.api_port", c.LAN.APIPort}, {"lan.etcd_peer_port", c.LAN.EtcdPeerPort}, {"lan.etcd_client_port", c.LAN.EtcdClientPort}} {
+	}{{"lan.api_port", c.LAN.APIPort}, {"lan.etcd_peer_port", c.LAN.EtcdPeerPort}, {"lan.etcd_client_port", c.LAN.EtcdClientPort}, {"carry_port", c.CarryPort}} {
 		add(p.n >= 1 && p.n <= 65535, p.key, p.n, "1 to 65535")
 		if other, dup := ports[p.n]; dup {
 			errs = append(errs, bad(p.key, p.n, "a port other than that of "+other))
@@ -203,10 +232,40 @@ func (c Config) Validate() error {
 		add(!seen[l.Address], key, l.Address, "an address that no other link has")
 		seen[l.Address] = true
 	}
+	c.checkNetworks(add)
 	hb, el := c.Etcd.Heartbeat.D(), c.Etcd.Election.D()
 	add(hb >= 10*time.Millisecond && hb <= 5*time.Second && hb%time.Millisecond == 0, "etcd.heartbeat", hb, "10ms to 5s, whole milliseconds")
 	add(el >= 5*hb && el <= 50*time.Second && el%time.Millisecond == 0, "etcd.election", el, "5 × etcd.heartbeat to 50s, whole milliseconds")
 	return errors.Join(errs...)
+}
+
+// ifnameRE is what the kernel takes for the name of a device, less what would
+// confuse people.
+var ifnameRE = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}$`)
+
+func (c Config) checkNetworks(add func(ok bool, key string, value any, allowed string)) {
+	seen := map[string]bool{}
+	once := func(key, name, what string) {
+		add(ifnameRE.MatchString(name), key, name, "the name of a network device, 1 to 15 of letters, digits, _ . -")
+		add(!seen[name], key, name, "a "+what+" that is not named twice")
+		seen[name] = true
+	}
+	add(len(c.Networks) <= 32, "networks", len(c.Networks), "at most 32 networks")
+	for i, n := range c.Networks {
+		key := func(f string) string { return fmt.Sprintf("networks[%d].%s", i, f) }
+		once(key("bridge"), n.Bridge, "bridge")
+		add(len(n.Uplinks) >= 1 && len(n.Uplinks) <= 8, key("uplinks"), strings.Join(n.Uplinks, " "), "1 to 8 ports of the bridge")
+		for _, u := range n.Uplinks {
+			once(key("uplinks"), u, "uplink")
+		}
+		add(len(n.Probe) <= 4, key("probe"), len(n.Probe), "at most 4 addresses")
+		for _, p := range n.Probe {
+			a, err := netip.ParseAddr(p)
+			add(err == nil && a.Is4() && usableIP(p), key("probe"), p, "an IPv4 address beyond the uplink")
+		}
+		st := n.StableFor()
+		add(st >= 100*time.Millisecond && st <= time.Hour, key("stable"), st, "100ms to 1h")
+	}
 }
 
 // usableIP accepts an address as a host may have it; a zone is allowed.

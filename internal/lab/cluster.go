@@ -79,7 +79,8 @@ func (l *Lab) hostFlags(host string) []string {
 	}
 	f := []string{"--state-dir", l.StateDir(host), "--name", host, "--address", n.lanAddr().Addr().String()}
 	if n.Role == RoleHost {
-		f = append(f, "--boot-wait", BootWait.String(), "--tracking-proof", trackingProof)
+		f = append(f, "--boot-wait", BootWait.String(), "--tracking-proof", trackingProof,
+			"--network", BridgeName+"=eth0", "--network-stable", "2s")
 		for i := range l.st.ALinks {
 			f = append(f, "--alink", n.alinkAddr(i).Addr().String())
 		}
