@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
@@ -74,7 +75,7 @@ func OpenWays() (*Ways, error) {
 }
 
 func (w *Ways) set(name string) *nftables.Set {
-	return &nftables.Set{Table: w.table, Name: name, KeyType: nftables.TypeIFName}
+	return &nftables.Set{Table: w.table, Name: name, KeyType: nftables.TypeIFName, KeyByteOrder: binaryutil.NativeEndian}
 }
 
 // Set puts table and rules in place, where they are not, and replaces the
