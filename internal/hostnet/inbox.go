@@ -17,7 +17,7 @@ import (
 // wait for its own retransmission timer.
 //
 // It is best effort, as a network is: frames may be missed, never invented.
-// Frames that were waiting in the tap when Take was called count as seen.
+// Frames that were waiting in the tap when Take was called count as seen by the guest.
 //
 // Concurrency: one user at a time, except Deliver, which any may call.
 type Inbox struct {

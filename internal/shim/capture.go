@@ -99,6 +99,9 @@ func (p *primary) capture(flags uint32, stay bool, stopped func() error) (c *cap
 		v.BeginStop()
 	}
 	c = &captured{flags: flags, at: time.Now(), mark: time.Now(), persisted: make(chan struct{}), released: make(chan struct{})}
+	// What comes while the guest stops waits in the tap, and belongs to the next
+	// epoch. A frame that slips in between comes twice where it must be repeated.
+	c.input = p.input.take()
 	start := bootNow()
 	st, err := p.stopAndSave(ctx, c)
 	if err != nil {
@@ -224,7 +227,6 @@ func (p *primary) take(ctx context.Context, c *captured) error {
 		c.held += f.Bytes()
 		c.frames = append(c.frames, f)
 	}
-	c.input = p.takeInput()
 	for _, port := range i.ports() {
 		b := port.Cut()
 		c.held += int64(len(b))

@@ -75,9 +75,6 @@ func (l *inputLog) take() [][]byte {
 	return out
 }
 
-// takeInput is the part of a capture: what the guest got before it stopped.
-func (p *primary) takeInput() [][]byte { return p.input.take() }
-
 // carryDuring sends input to the secondary for as long as a hand-over lasts.
 // The frames reach the guest here as well, should it stay.
 func (p *primary) carryDuring(pr *pair) {
