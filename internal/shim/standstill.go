@@ -154,7 +154,7 @@ func (p *primary) switchover() error {
 	p.standing, p.finalPaused = standsFinal, paused
 	p.setState(model.StateHeld)
 	p.kept = c.frames
-	p.s.tl.add("switchover", c.epoch, 0, "final epoch captured, handing over")
+	p.s.tl.add("switchover", c.epoch, time.Since(c.at), "final epoch captured, handing over")
 	p.carryDuring(p.pair)
 	p.whenReleased(c, func() { p.s.post(authority.EvSwitchedOver{}) })
 	return nil

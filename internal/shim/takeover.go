@@ -114,11 +114,13 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 		p.faulted()
 	default:
 		p.run(a.Paused) // the record knows better than the epoch what a person wants
-		p.do(func() { st.deliverInput(c.epoch) })
 	}
 	s.goWork(st.receiveOn)
-	s.tl.add("takeover", c.epoch, time.Since(start), "the VM goes on here as of epoch %d (applied in %.1f ms, loaded and running in %.1f ms)",
-		c.epoch, ms(applied.Sub(start)), ms(time.Since(applied)))
+	p.do(func() { // behind what lets it run
+		s.tl.add("takeover", c.epoch, time.Since(start), "the VM goes on here as of epoch %d (applied in %.1f ms, loaded and running in %.1f ms)",
+			c.epoch, ms(applied.Sub(start)), ms(time.Since(applied)))
+		st.deliverInput(c.epoch)
+	})
 	p.announce(announceFor)
 	p.keepTime("the takeover")
 	st.retire()
