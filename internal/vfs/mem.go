@@ -53,6 +53,7 @@ type dirOp struct {
 type inode struct {
 	cur, dur content
 	pending  []change // since the last Sync, in order
+	locked   bool
 }
 
 // change is one unsynced change of a file's content.
@@ -155,7 +156,33 @@ func (m *Mem) Open(path string) (File, error) {
 	if !ok {
 		return nil, &fs.PathError{Op: "open", Path: path, Err: fs.ErrNotExist}
 	}
-	return &memFile{m, node, path}, nil
+	return &memFile{m: m, node: node, path: path}, nil
+}
+
+// OpenLocked implements FS.
+func (m *Mem) OpenLocked(path string) (File, error) {
+	f, err := m.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	mf := f.(*memFile)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if mf.node.locked {
+		return nil, fmt.Errorf("open %s: %w", path, ErrInUse)
+	}
+	mf.node.locked, mf.locks = true, true
+	return mf, nil
+}
+
+// OpenRead implements FS.
+func (m *Mem) OpenRead(path string) (File, error) {
+	f, err := m.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	f.(*memFile).readOnly = true
+	return f, nil
 }
 
 // Create implements FS.
@@ -171,7 +198,7 @@ func (m *Mem) Create(path string) (File, error) {
 	}
 	node := &inode{}
 	m.rename(dirOp{to: path, node: node})
-	return &memFile{m, node, path}, nil
+	return &memFile{m: m, node: node, path: path}, nil
 }
 
 // Rename implements FS.
@@ -233,9 +260,11 @@ func (m *Mem) SyncDir(path string) error {
 }
 
 type memFile struct {
-	m    *Mem
-	node *inode
-	path string
+	m        *Mem
+	node     *inode
+	path     string
+	locks    bool // it holds the inode's lock
+	readOnly bool
 }
 
 func (f *memFile) ReadAt(p []byte, off int64) (int, error) {
@@ -276,6 +305,9 @@ func (f *memFile) change(c change, failed error) error {
 	defer f.m.mu.Unlock()
 	if f.m.dead {
 		return ErrCrashed
+	}
+	if f.readOnly {
+		return fmt.Errorf("write %s: %w", f.path, fs.ErrPermission)
 	}
 	c.apply(&f.node.cur, func() bool { return true })
 	f.node.pending = append(f.node.pending, c)
@@ -323,7 +355,14 @@ func (f *memFile) Size() (int64, error) {
 	return f.node.cur.size, nil
 }
 
-func (f *memFile) Close() error { return nil }
+func (f *memFile) Close() error {
+	f.m.mu.Lock()
+	defer f.m.mu.Unlock()
+	if f.locks {
+		f.locks, f.node.locked = false, false
+	}
+	return nil
+}
 
 // apply carries out the sectors of a change that keep lets through.
 func (c change) apply(to *content, keep func() bool) {

@@ -28,6 +28,45 @@ func (OS) Open(path string) (File, error) {
 	return osFile{f}, nil
 }
 
+// OpenLocked implements FS. A block device is claimed exclusively in the kernel, a
+// file is locked with flock, which QEMU's tools, using other locks, do not mind.
+func (OS) OpenLocked(path string) (File, error) {
+	st, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	flags := os.O_RDWR
+	device := st.Mode()&(fs.ModeDevice|fs.ModeCharDevice) == fs.ModeDevice
+	if device {
+		flags |= os.O_EXCL
+	}
+	f, err := os.OpenFile(path, flags, 0)
+	if errors.Is(err, unix.EBUSY) {
+		return nil, fmt.Errorf("open %s: the block device is mounted or claimed by something else: %w", path, ErrInUse)
+	} else if err != nil {
+		return nil, err
+	}
+	o := osFile{f}
+	err = o.control("lock", func(fd int) error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) })
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = fmt.Errorf("open %s: another process has it open: %w", path, ErrInUse)
+	}
+	if err != nil {
+		_ = f.Close() // the error that matters is err
+		return nil, err
+	}
+	return o, nil
+}
+
+// OpenRead implements FS.
+func (OS) OpenRead(path string) (File, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	return osFile{f}, nil
+}
+
 // Create implements FS.
 func (OS) Create(path string) (File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
@@ -111,7 +150,8 @@ func (o osFile) Zero(off, n int64, punch bool) error {
 		mode = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
 	}
 	err := o.control("zero", func(fd int) error { return unix.Fallocate(fd, mode, off, n) })
-	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS) {
+	// EINVAL: a block device whose sectors are larger than the range's alignment.
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EINVAL) {
 		return o.writeZeroes(off, n)
 	}
 	return err

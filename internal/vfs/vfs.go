@@ -16,14 +16,25 @@
 package vfs
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 )
+
+// ErrInUse says that another open file, of this process or another one, holds
+// what OpenLocked asks for.
+var ErrInUse = errors.New("in use")
 
 // FS is a file system. Paths are those of the host.
 type FS interface {
 	// Open opens an existing file for reading and writing; fs.ErrNotExist if there is none.
 	Open(path string) (File, error)
+	// OpenLocked is Open for one user at a time: ErrInUse if another one has it. A
+	// block device is refused as long as anybody (a mounted file system, LVM, device
+	// mapper) claims it. The lock ends with Close, and with the process.
+	OpenLocked(path string) (File, error)
+	// OpenRead opens an existing file for reading only; changing it fails.
+	OpenRead(path string) (File, error)
 	// Create makes a new file with mode 0600; fs.ErrExist if there is one.
 	Create(path string) (File, error)
 	// Rename replaces newPath with oldPath, atomically.
