@@ -137,3 +137,28 @@ func (b *Bitmap) check(i int64) {
 		panic("bitmap: index out of range")
 	}
 }
+
+// Word returns the 64 bits from i on, which is a multiple of 64, the lowest first.
+func (b *Bitmap) Word(i int64) uint64 {
+	b.check(i)
+	return b.words[i>>6]
+}
+
+// OrWord adds the bits of w to the 64 from i on, which is a multiple of 64, and
+// reports whether that changed anything. Bits beyond the end are left out.
+func (b *Bitmap) OrWord(i int64, w uint64) bool {
+	b.check(i)
+	if left := b.n - i; left < 64 {
+		w &= 1<<left - 1
+	}
+	p := &b.words[i>>6]
+	added := w &^ *p
+	*p |= added
+	b.count += int64(bits.OnesCount64(added))
+	return added != 0
+}
+
+// Clone returns a copy.
+func (b *Bitmap) Clone() *Bitmap {
+	return &Bitmap{n: b.n, count: b.count, words: append([]uint64(nil), b.words...)}
+}

@@ -90,6 +90,9 @@ func (s *Store) Replay() (epochs int, err error) {
 	if err := s.Err(); err != nil {
 		return 0, err
 	}
+	if err := s.settleSide(); err != nil {
+		return 0, fmt.Errorf("replay journal of %s: %w", s.id, err)
+	}
 	meta := s.metaNow()
 	found, err := s.scanJournal(meta)
 	if err != nil {
@@ -117,9 +120,11 @@ func (s *Store) Replay() (epochs int, err error) {
 		epochs++
 	}
 	if epochs > 0 {
+		changes := s.changes.Load()
 		if err := s.raw.Sync(); err != nil {
 			return epochs, s.fail("sync of the image", err)
 		}
+		s.synced.Store(changes)
 	}
 	return epochs, s.startJournal(last)
 }
@@ -134,6 +139,9 @@ func (s *Store) Discard() error {
 	j.appending.Lock()
 	defer j.appending.Unlock()
 	if !j.isReady() {
+		if err := s.settleSide(); err != nil {
+			return fmt.Errorf("discard journal of %s: %w", s.id, err)
+		}
 		return s.startJournal(s.metaNow().trimmed)
 	}
 	j.mu.Lock()
@@ -180,6 +188,9 @@ func (s *Store) startJournal(last uint64) error {
 		if !s.opts.NoAutoTrim {
 			j.trim, j.done = make(chan struct{}, 1), make(chan struct{})
 			go s.trimmer(j.trim, j.done)
+			if s.InDoubt() > 0 {
+				s.background.Go(s.reassureAll)
+			}
 		}
 		j.ready.Store(true)
 	}
@@ -265,6 +276,7 @@ func (s *Store) Append(term model.Term, epoch model.Epoch, w *EpochWrites) error
 	j.next++
 	j.pending = append(j.pending, pendingEpoch{h.seq, epoch, w})
 	w.seq = h.seq
+	s.through.appended(epoch)
 	if cap(j.buf) > keepBuf {
 		j.buf = nil
 	}
@@ -340,6 +352,7 @@ func (s *Store) syncJournal() error {
 	if err := s.Err(); err != nil {
 		return err
 	}
+	epoch := s.through.appendedNow()
 	j.mu.Lock()
 	var dirty []*area
 	// The file not active holds the older records.
@@ -355,6 +368,7 @@ func (s *Store) syncJournal() error {
 			return s.fail("sync of the journal", err)
 		}
 	}
+	s.through.journalSynced(epoch)
 	return nil
 }
 
@@ -385,7 +399,11 @@ func (s *Store) Persist(term model.Term, epoch model.Epoch, w *EpochWrites) erro
 // order. Called when they have committed. After an error it may be called
 // again: applying twice does no harm.
 func (s *Store) Apply(through model.Epoch) error {
-	return s.applyWhile(func(p pendingEpoch) bool { return p.epoch <= through })
+	if err := s.applyWhile(func(p pendingEpoch) bool { return p.epoch <= through }); err != nil {
+		return err
+	}
+	s.Committed(through)
+	return nil
 }
 
 func (s *Store) applyWhile(ok func(pendingEpoch) bool) error {
@@ -403,6 +421,10 @@ func (s *Store) applyWhile(ok func(pendingEpoch) bool) error {
 		}
 		p := j.pending[0]
 		j.mu.Unlock()
+		if p.epoch > 0 {
+			s.act.reach(p.epoch) // first, so that nobody asks any more for what is answered now
+			s.answerDigests(p.epoch - 1)
+		}
 		if err := s.applyInPlace(p.writes); err != nil {
 			return fmt.Errorf("apply epoch %d: %w", p.epoch, err)
 		}
@@ -430,6 +452,7 @@ func (s *Store) applyDirect(w *EpochWrites) error {
 	s.journal.applying.Lock()
 	defer s.journal.applying.Unlock()
 	defer s.written.Add(1)
+	s.through.direct(s.act.epochNow())
 	return s.applyInPlace(w)
 }
 
@@ -438,12 +461,15 @@ const applyStep = 1 << 20
 
 // applyInPlace writes the runs of w into the image.
 func (s *Store) applyInPlace(w *EpochWrites) error {
+	if err := s.act.warmRuns(w.all()); err != nil {
+		return err
+	}
 	var scratch []byte
 	for _, r := range w.all() {
 		off := r.start * BlockSize
 		if r.kind != runData {
-			if err := s.raw.Zero(off, r.count*BlockSize, r.kind == runPunch); err != nil {
-				return fmt.Errorf("zero %s: %w", s.id, err)
+			if err := s.zeroInPlace(off, r.count*BlockSize, r.kind == runPunch); err != nil {
+				return err
 			}
 			continue
 		}
@@ -451,11 +477,11 @@ func (s *Store) applyInPlace(w *EpochWrites) error {
 			scratch = make([]byte, 0, min(applyStep, w.Bytes()))
 		}
 		put := func(p []byte) error {
-			if _, err := s.raw.WriteAt(p, off); err != nil {
-				return fmt.Errorf("write %s: %w", s.id, err)
-			}
+			l := s.lockBlocks(off, int64(len(p)))
+			defer s.blocks.unlock(l)
+			err := s.writeRange(p, off)
 			off += int64(len(p))
-			return nil
+			return err
 		}
 		var err error
 		for p := r.flat; len(p) > 0 && err == nil; p = p[min(applyStep, len(p)):] {
@@ -479,6 +505,12 @@ func (s *Store) applyInPlace(w *EpochWrites) error {
 		}
 	}
 	return nil
+}
+
+func (s *Store) zeroInPlace(off, n int64, punch bool) error {
+	l := s.lockBlocks(off, n)
+	defer s.blocks.unlock(l)
+	return s.zeroRange(off, n, punch)
 }
 
 // Trim makes the image durable and forgets the records that were applied. The

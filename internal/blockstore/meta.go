@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"path/filepath"
 
 	"perdure/internal/model"
+	"perdure/internal/replica"
 	"perdure/internal/vfs"
 )
 
@@ -22,32 +24,45 @@ var (
 
 // Meta is the durable description of a replica.
 type Meta struct {
-	VM     string // UUID of the VM; never changes
-	Disk   string // disk id; never changes
-	Size   int64  // bytes; never changes (for now)
-	Term   model.Term
-	Branch model.BranchID
-	Run    model.RunID
-	State  model.ReplicaState
-	Clean  bool // the last user closed it properly; kept by Open and Close
+	VM      string // UUID of the VM; never changes
+	Disk    string // disk id; never changes
+	Size    int64  // bytes; never changes (for now)
+	Image   string // path of a block device that holds the image; empty: DIR/ID.raw. Never changes
+	Term    model.Term
+	Branch  model.BranchID
+	Run     model.RunID
+	State   model.ReplicaState
+	Lineage replica.Lineage
+	Clean   bool // the last user closed it properly; kept by Open and Close
 }
 
-// metaRecord is what a slot holds: Meta, and what the journal needs.
+// metaRecord is what a slot holds: Meta, and what journal and checksums need.
 type metaRecord struct {
 	Meta
+	version     uint32 // as read; 1 until Replay or Discard
 	seq         uint64 // of this slot; the higher one counts
 	incarnation uint64 // journal records of another one are stale
 	trimmed     uint64 // journal records up to here are durable in the image
+	sums        bool   // block checksums are kept
+	complete    bool   // a checksum of 0 means a block of zeroes, and not "unknown"
 }
 
-// Layout of the metadata file: two slots of slotSize, the first slotUsed bytes
-// of each in use, so that a slot is one sector and its write is not torn by
-// disks that keep their promise. All numbers are little-endian.
+// Layout of the metadata file: two slots of slotSize. The first slotUsed bytes of
+// a slot are as in version 1, with a checksum of their own, so that a release
+// that knows only that version sees a newer one, and not damage. All numbers are
+// little-endian.
 const (
 	slotSize    = 4096
 	slotUsed    = 512
-	metaVersion = 1
-	maxString   = 63 // bytes of vm, disk, branch and run
+	metaVersion = 2
+	maxString   = 63   // bytes of vm, disk, branch and run
+	maxImage    = 1022 // bytes of the image's path
+
+	atLineage = slotUsed
+	atImage   = atLineage + replica.EncodedSize
+
+	flagSums     = 1 << 0
+	flagComplete = 1 << 1
 )
 
 var (
@@ -66,10 +81,13 @@ func (m Meta) validate() error {
 			return fmt.Errorf("%.80q is longer than %d bytes", s, maxString)
 		}
 	}
+	if len(m.Image) > maxImage || m.Image != "" && !filepath.IsAbs(m.Image) {
+		return fmt.Errorf("image %.80q is not an absolute path of at most %d bytes", m.Image, maxImage)
+	}
 	if stateCode(m.State) == 0 {
 		return fmt.Errorf("unknown replica state %.40q", m.State)
 	}
-	return nil
+	return m.Lineage.Validate()
 }
 
 func stateCode(s model.ReplicaState) byte {
@@ -81,12 +99,12 @@ func stateCode(s model.ReplicaState) byte {
 	return 0
 }
 
-// encode returns the slot; m must be valid.
+// encode returns the slot, in the version of m; m must be valid.
 func (m metaRecord) encode() []byte {
-	b := make([]byte, slotUsed)
+	b := make([]byte, slotSize)
 	copy(b, metaMagic[:])
 	le := binary.LittleEndian
-	le.PutUint32(b[8:], metaVersion)
+	le.PutUint32(b[8:], m.version)
 	le.PutUint64(b[16:], m.seq)
 	le.PutUint64(b[24:], uint64(m.Size))
 	le.PutUint64(b[32:], uint64(m.Term))
@@ -96,12 +114,25 @@ func (m metaRecord) encode() []byte {
 	if m.Clean {
 		b[57] = 1
 	}
+	if m.sums {
+		b[58] |= flagSums
+	}
+	if m.complete {
+		b[58] |= flagComplete
+	}
 	for i, s := range []string{m.VM, m.Disk, string(m.Branch), string(m.Run)} {
 		at := 64 + 64*i
 		b[at] = byte(len(s))
 		copy(b[at+1:at+64], s)
 	}
 	le.PutUint32(b[slotUsed-4:], crc32.Checksum(b[:slotUsed-4], castagnoli))
+	if m.version < 2 {
+		return b[:slotUsed]
+	}
+	m.Lineage.AppendTo(b[atLineage:atLineage])
+	le.PutUint16(b[atImage:], uint16(len(m.Image)))
+	copy(b[atImage+2:], m.Image)
+	le.PutUint32(b[slotSize-4:], crc32.Checksum(b[:slotSize-4], castagnoli))
 	return b
 }
 
@@ -113,8 +144,9 @@ func decodeSlot(b []byte) (metaRecord, error) {
 		le.Uint32(b[slotUsed-4:]) != crc32.Checksum(b[:slotUsed-4], castagnoli) {
 		return m, ErrCorrupt
 	}
-	if v := le.Uint32(b[8:]); v != metaVersion {
-		return m, fmt.Errorf("metadata version %d, this release knows %d: %w", v, metaVersion, ErrVersion)
+	m.version = le.Uint32(b[8:])
+	if m.version > metaVersion {
+		return m, fmt.Errorf("metadata version %d, this release knows %d: %w", m.version, metaVersion, ErrVersion)
 	}
 	m.seq = le.Uint64(b[16:])
 	m.Size = int64(le.Uint64(b[24:]))
@@ -136,10 +168,28 @@ func decodeSlot(b []byte) (metaRecord, error) {
 		s[i] = string(b[at+1 : at+1+n])
 	}
 	m.VM, m.Disk, m.Branch, m.Run = s[0], s[1], model.BranchID(s[2]), model.RunID(s[3])
-	if m.validate() != nil {
+	if m.version >= 2 && m.decodeRest(b) != nil || m.validate() != nil {
 		return m, ErrCorrupt
 	}
 	return m, nil
+}
+
+// decodeRest reads what version 2 added.
+func (m *metaRecord) decodeRest(b []byte) (err error) {
+	le := binary.LittleEndian
+	if len(b) < slotSize || le.Uint32(b[slotSize-4:]) != crc32.Checksum(b[:slotSize-4], castagnoli) {
+		return ErrCorrupt // torn between the sectors
+	}
+	m.sums, m.complete = b[58]&flagSums != 0, b[58]&flagComplete != 0
+	if m.Lineage, err = replica.DecodeLineage(b[atLineage:]); err != nil {
+		return err
+	}
+	n := int(le.Uint16(b[atImage:]))
+	if n > maxImage {
+		return ErrCorrupt
+	}
+	m.Image = string(b[atImage+2:][:n])
+	return nil
 }
 
 // readMeta returns the newer valid slot.
@@ -153,7 +203,7 @@ func readMeta(f vfs.File) (metaRecord, error) {
 		if size < i*slotSize+slotUsed {
 			continue
 		}
-		b := make([]byte, slotUsed)
+		b := make([]byte, min(slotSize, size-i*slotSize))
 		if _, err := f.ReadAt(b, i*slotSize); err != nil {
 			return best, err
 		}

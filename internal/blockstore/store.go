@@ -30,12 +30,31 @@ type Params struct {
 	Run    model.RunID
 	State  model.ReplicaState
 	Adopt  bool // DIR/ID.raw exists (an imported image) and becomes the image; it is extended to Size, never cut
+	// Device is the path of a block device that becomes the image instead of
+	// DIR/ID.raw. It is not emptied, and must be as long as Size at least.
+	Device string
+	// NoChecksums leaves the block checksums out, see Options.Checksums.
+	NoChecksums bool
 }
+
+// Setting of something that the metadata remember.
+type Setting uint8
+
+// The settings.
+const (
+	Keep Setting = iota // as it is; a replica of metadata version 1 gets it
+	On
+	Off
+)
 
 // Options of an open store; the zero value is good.
 type Options struct {
 	JournalLimit int64 // bytes of journal, over both its files, from which on it is trimmed; 0: 64 MiB
-	NoAutoTrim   bool  // trim only when Trim, Flush or Close is called (for tests)
+	NoAutoTrim   bool  // no goroutine: trim only when Trim, Flush or Close is called, reassure never (for tests)
+	Activity     int   // extents in the activity log, at most MaxActivity; 0: DefaultActivity
+	Checksums    Setting
+	// At is called at named points of each change, for tests that end the process there.
+	At func(point string)
 }
 
 // Store is one replica of one disk on this host. After Open, Replay or Discard
@@ -44,10 +63,29 @@ type Store struct {
 	id   string
 	size int64
 	opts Options
+	fsys vfs.FS
+	at   files
 	raw  vfs.File
 	file vfs.File // metadata
 
 	failed atomic.Pointer[error]
+
+	blocks  rangeLock // of changes in place, by block
+	buffers bufferPool
+	act     activity
+	miss    missing
+	sums    sums
+	lost    bool // the activity log was damaged
+
+	badBlocks, repaired atomic.Int64
+
+	// changes counts whatever was carried out in the image, synced is the count that
+	// the last sync of the image covers.
+	changes, synced atomic.Uint64
+	through         throughs
+	digests         digestQueue
+	background      sync.WaitGroup
+	stopping        chan struct{} // closed by Close
 
 	setting sync.Mutex // one SetMeta at a time
 	metaMu  sync.Mutex
@@ -64,15 +102,20 @@ type Store struct {
 	journal journal
 }
 
-func paths(dir, id string) (raw, meta string, journals [2]string) {
+// files are the paths of a replica.
+type files struct {
+	raw, meta, log, bits, sums string
+	journals                   [2]string
+}
+
+func paths(dir, id string) files {
 	p := filepath.Join(dir, id)
-	return p + ".raw", p + ".meta", [2]string{p + ".journal0", p + ".journal1"}
+	return files{p + ".raw", p + ".meta", p + ".log", p + ".bitmap", p + ".sums", [2]string{p + ".journal0", p + ".journal1"}}
 }
 
 // Exists reports whether dir holds a replica of disk id.
 func Exists(fsys vfs.FS, dir, id string) (bool, error) {
-	_, meta, _ := paths(dir, id)
-	return fsys.Exists(meta)
+	return fsys.Exists(paths(dir, id).meta)
 }
 
 // Create makes a replica, durable on return: nothing but holes, or the adopted
@@ -85,38 +128,87 @@ func Create(fsys vfs.FS, dir string, p Params) (err error) {
 			err = fmt.Errorf("create replica of %s: %w", p.ID, err)
 		}
 	}()
-	m := metaRecord{seq: 1, incarnation: 1, Meta: Meta{VM: p.VM, Disk: p.ID, Size: p.Size, Term: p.Term,
-		Branch: p.Branch, Run: p.Run, State: p.State, Clean: true}}
+	m := metaRecord{version: metaVersion, seq: 1, incarnation: 1, Meta: Meta{VM: p.VM, Disk: p.ID, Size: p.Size, Term: p.Term,
+		Branch: p.Branch, Run: p.Run, State: p.State, Image: p.Device, Clean: true}, sums: !p.NoChecksums}
+	// A new image is all holes, so that its checksums are known.
+	m.complete = m.sums && !p.Adopt && p.Device == ""
 	if err := m.validate(); err != nil {
 		return err
 	}
-	raw, meta, journals := paths(dir, p.ID)
-	if ok, err := fsys.Exists(meta); err != nil {
+	at := paths(dir, p.ID)
+	if ok, err := fsys.Exists(at.meta); err != nil {
 		return err
 	} else if ok {
 		return fs.ErrExist
 	}
-	if err := createImage(fsys, raw, p); err != nil {
+	if p.Device != "" {
+		err = checkDevice(fsys, p.Device, p.Size)
+	} else {
+		err = createImage(fsys, at.raw, p)
+	}
+	if err != nil {
 		return err
 	}
-	for _, j := range journals {
-		if err := fsys.Remove(j); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	for _, j := range at.journals {
+		if err := remake(fsys, j, func(vfs.File) error { return nil }); err != nil {
 			return err
 		}
-		f, err := fsys.Create(j)
-		if err != nil {
-			return err
-		}
-		if err := f.Close(); err != nil {
-			return err
-		}
+	}
+	if err := createSide(fsys, at, m); err != nil {
+		return err
 	}
 	if err := fsys.SyncDir(dir); err != nil {
 		return err
 	}
 	slots := make([]byte, 2*slotSize)
 	copy(slots[slotSize*(m.seq%2):], m.encode())
-	return vfs.ReplaceFile(fsys, meta, slots)
+	return vfs.ReplaceFile(fsys, at.meta, slots)
+}
+
+// createSide makes activity log, bitmap and checksums, empty.
+func createSide(fsys vfs.FS, at files, m metaRecord) error {
+	if err := remake(fsys, at.log, func(f vfs.File) error { return createLog(f, journalKey(m.Meta)) }); err != nil {
+		return err
+	}
+	if err := remake(fsys, at.bits, func(f vfs.File) error { return createMissing(f, m.Size) }); err != nil {
+		return err
+	}
+	if !m.sums {
+		return nil
+	}
+	return remake(fsys, at.sums, func(f vfs.File) error { return createSums(f, m.Size) })
+}
+
+// remake makes a file anew.
+func remake(fsys vfs.FS, path string, fill func(vfs.File) error) error {
+	if err := fsys.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	f, err := fsys.Create(path)
+	if err != nil {
+		return err
+	}
+	err = fill(f)
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	return err
+}
+
+// checkDevice opens a block device as its user would, and compares its size.
+func checkDevice(fsys vfs.FS, path string, size int64) error {
+	f, err := fsys.OpenLocked(path)
+	if err != nil {
+		return err
+	}
+	n, err := f.Size()
+	if err == nil && n < size {
+		err = fmt.Errorf("%s has %d bytes, the disk %d", path, n, size)
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	return err
 }
 
 func createImage(fsys vfs.FS, path string, p Params) error {
@@ -145,10 +237,11 @@ func createImage(fsys vfs.FS, path string, p Params) error {
 }
 
 // Remove deletes a replica and what is left of a half-made or half-removed one.
-// The metadata goes first. Removing what is not there is no error.
+// The metadata goes first. Removing what is not there is no error. A block device
+// keeps its content.
 func Remove(fsys vfs.FS, dir, id string) error {
-	raw, meta, journals := paths(dir, id)
-	for _, group := range [][]string{{meta}, {meta + ".tmp", journals[0], journals[1], raw}} {
+	at := paths(dir, id)
+	for _, group := range [][]string{{at.meta}, {at.meta + ".tmp", at.journals[0], at.journals[1], at.log, at.bits, at.sums, at.raw}} {
 		for _, p := range group {
 			if err := fsys.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return fmt.Errorf("remove replica of %s: %w", id, err)
@@ -167,15 +260,18 @@ func Open(fsys vfs.FS, dir, id string, o Options) (_ *Store, err error) {
 	if o.JournalLimit <= 0 {
 		o.JournalLimit = 64 << 20
 	}
-	s := &Store{id: id, opts: o}
+	if o.Activity <= 0 {
+		o.Activity = DefaultActivity
+	}
+	o.Activity = min(o.Activity, MaxActivity)
+	s := &Store{id: id, opts: o, fsys: fsys, at: paths(dir, id), stopping: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			_ = s.closeFiles() // the error that matters is err
 			err = fmt.Errorf("open replica of %s: %w", id, err)
 		}
 	}()
-	raw, meta, journals := paths(dir, id)
-	if s.file, err = fsys.Open(meta); err != nil {
+	if s.file, err = fsys.OpenLocked(s.at.meta); err != nil {
 		return nil, err
 	}
 	if s.meta, err = readMeta(s.file); err != nil {
@@ -185,26 +281,151 @@ func Open(fsys vfs.FS, dir, id string, o Options) (_ *Store, err error) {
 		return nil, fmt.Errorf("metadata of disk %.64q: %w", s.meta.Disk, ErrCorrupt)
 	}
 	s.size = s.meta.Size
-	if s.raw, err = fsys.Open(raw); err != nil {
+	image := s.at.raw
+	if s.meta.Image != "" {
+		image = s.meta.Image
+	}
+	if s.raw, err = fsys.OpenLocked(image); err != nil {
 		return nil, err
 	}
 	if n, err := s.raw.Size(); err != nil {
 		return nil, err
 	} else if n < s.size {
-		return nil, fmt.Errorf("image has %d bytes, the disk %d: %w", n, s.size, ErrCorrupt)
+		return nil, fmt.Errorf("image %s has %d bytes, the disk %d: %w", image, n, s.size, ErrCorrupt)
 	}
-	for i, p := range journals {
+	for i, p := range s.at.journals {
 		if s.journal.areas[i].file, err = fsys.Open(p); err != nil {
 			return nil, err
 		}
 	}
 	s.journal.key = journalKey(s.meta.Meta)
-	return s, nil
+	if s.meta.version < metaVersion {
+		return s, nil // Replay or Discard makes what is missing
+	}
+	return s, s.openSide()
+}
+
+// openSide opens activity log, bitmap and checksums. Nothing is changed.
+func (s *Store) openSide() error {
+	log, err := s.fsys.Open(s.at.log)
+	if err != nil {
+		return err
+	}
+	s.act.file = log
+	found, damaged, err := s.act.open(s, log, s.opts.Activity)
+	if err != nil {
+		return err
+	}
+	bits, err := s.fsys.Open(s.at.bits)
+	if err != nil {
+		return err
+	}
+	s.miss.file = bits
+	if err := s.miss.open(bits, s.journal.key, s.size); err != nil {
+		return err
+	}
+	if s.meta.sums {
+		if s.sums.file, err = s.fsys.Open(s.at.sums); err != nil {
+			return err
+		}
+		s.sums.complete.Store(s.meta.complete && !damaged)
+	}
+	if damaged {
+		// No crash does that. What differs from the peer is not known any more.
+		s.lost = true
+		s.miss.set(0, s.miss.bits.Len())
+	}
+	return s.act.restore(found)
+}
+
+// settleSide makes what a replica of an earlier version lacks, and what the
+// settings ask for, before the first change. The metadata say so afterwards.
+func (s *Store) settleSide() error {
+	want := s.meta.sums || s.meta.version < metaVersion
+	switch s.opts.Checksums {
+	case On:
+		want = true
+	case Off:
+		want = false
+	}
+	upgrade := s.meta.version < metaVersion
+	if !upgrade && want == s.meta.sums && !s.lost {
+		return nil
+	}
+	m := s.metaNow()
+	fresh := upgrade || s.lost || !s.meta.sums
+	m.sums, m.complete = want, want && s.meta.complete && !fresh
+	if upgrade {
+		if err := createSide(s.fsys, s.at, m); err != nil {
+			return err
+		}
+	} else if want && fresh {
+		if s.sums.file != nil {
+			_ = s.sums.file.Close() // nothing in it counts any more
+		}
+		s.sums.file = nil
+		if err := remake(s.fsys, s.at.sums, func(f vfs.File) error { return createSums(f, s.size) }); err != nil {
+			return err
+		}
+	}
+	if s.lost {
+		if err := s.saveMissing(true); err != nil {
+			return err
+		}
+		if _, err := s.act.file.WriteAt(encodeLog(nil, s.journal.key, 1, nil), logSlot); err != nil {
+			return err
+		}
+		if err := s.act.file.Sync(); err != nil {
+			return err
+		}
+		s.act.seq = 1
+	}
+	if err := s.fsys.SyncDir(filepath.Dir(s.at.meta)); err != nil {
+		return err
+	}
+	if err := s.changeMeta(func(r *metaRecord) { r.version, r.sums, r.complete = metaVersion, m.sums, m.complete }); err != nil {
+		return err
+	}
+	s.lost = false
+	if upgrade {
+		return s.openSide()
+	}
+	return s.reopenSums()
+}
+
+// reopenSums follows a changed setting. Nothing was read or written yet.
+func (s *Store) reopenSums() (err error) {
+	if !s.meta.sums {
+		f := s.sums.file
+		s.sums.file = nil
+		s.act.dropPages()
+		if f != nil {
+			if err := f.Close(); err != nil {
+				return err
+			}
+			return s.fsys.Remove(s.at.sums)
+		}
+		return nil
+	}
+	if s.sums.file == nil {
+		if s.sums.file, err = s.fsys.Open(s.at.sums); err != nil {
+			return err
+		}
+	}
+	s.sums.complete.Store(s.meta.complete)
+	return s.act.freshPages()
+}
+
+// point is where a test may end the process.
+func (s *Store) point(name string) {
+	if s.opts.At != nil {
+		s.opts.At(name)
+	}
 }
 
 func (s *Store) closeFiles() error {
 	var errs []error
-	for _, f := range []vfs.File{s.raw, s.file, s.journal.areas[0].file, s.journal.areas[1].file} {
+	for _, f := range []vfs.File{s.raw, s.journal.areas[0].file, s.journal.areas[1].file, s.act.file, s.miss.file, s.sums.file, s.file} {
 		if f != nil {
 			errs = append(errs, f.Close())
 		}
@@ -218,10 +439,15 @@ func (s *Store) closeFiles() error {
 // the replica does not count as left in order. After a sticky failure only the
 // files are closed, and that failure is returned.
 func (s *Store) Close() error {
+	close(s.stopping)
+	s.background.Wait()
 	s.journal.stop()
 	err := s.Err()
 	if err == nil && s.journal.isReady() {
-		if err = s.Flush(); err == nil && s.Pending() == 0 {
+		if err = s.Flush(); err == nil {
+			err = s.act.close()
+		}
+		if err == nil && s.Pending() == 0 {
 			err = s.changeMeta(func(m *metaRecord) { m.Clean = true })
 		}
 	}
@@ -240,8 +466,14 @@ func (s *Store) Err() error {
 func (s *Store) fail(what string, err error) error {
 	err = fmt.Errorf("%s of %s failed, the replica is given up: %w", what, s.id, err)
 	s.failed.CompareAndSwap(nil, &err)
+	s.act.wake()
 	return s.Err()
 }
+
+// GiveUp makes err stick, as a failed sync does: the owner has found that the
+// replica is of no use any more (its device does not answer). Calls that the
+// kernel holds are not ended by it.
+func (s *Store) GiveUp(err error) { _ = s.fail("use", err) }
 
 // Meta returns the metadata as last made durable.
 func (s *Store) Meta() Meta {
@@ -251,7 +483,7 @@ func (s *Store) Meta() Meta {
 }
 
 // SetMeta lets fn change the metadata and returns when the change is durable.
-// VM, Disk, Size and Clean are not fn's to change.
+// VM, Disk, Size, Image and Clean are not fn's to change.
 //
 // A replica that stops being Inconsistent is made durable first: whoever reads
 // that it is good must find it so. That takes as long as the disk needs for what
@@ -269,7 +501,7 @@ func (s *Store) SetMeta(fn func(*Meta)) error {
 		}
 	}
 	return s.changeMeta(func(r *metaRecord) {
-		r.Term, r.Branch, r.Run, r.State = m.Term, m.Branch, m.Run, m.State
+		r.Term, r.Branch, r.Run, r.State, r.Lineage = m.Term, m.Branch, m.Run, m.State, m.Lineage
 	})
 }
 
@@ -312,18 +544,16 @@ func (s *Store) checkWrite(off, n int64) error {
 	return s.check(off, n)
 }
 
-// ReadAt fills p from the image in place.
+// ReadAt fills p from the image in place. A block that cannot be read or does not
+// match its checksum is a BlockError.
 func (s *Store) ReadAt(p []byte, off int64) error {
 	if err := s.check(off, int64(len(p))); err != nil {
 		return err
 	}
-	if _, err := s.raw.ReadAt(p, off); err != nil {
-		if errors.Is(err, io.EOF) {
-			err = ErrCorrupt // the image was cut under our feet
-		}
-		return fmt.Errorf("read %s: %w", s.id, err)
+	if off%BlockSize == 0 && len(p)%BlockSize == 0 {
+		return s.readBlocks(p, off)
 	}
-	return nil
+	return s.readParts(p, off)
 }
 
 // WriteAt writes p in place. It is durable after the next Flush or Sync. While
@@ -341,10 +571,9 @@ func (s *Store) WriteAt(p []byte, off int64) error {
 	}
 	// Counted afterwards, and also when it failed: some of it may have been written.
 	defer s.written.Add(1)
-	if _, err := s.raw.WriteAt(p, off); err != nil {
-		return fmt.Errorf("write %s: %w", s.id, err)
-	}
-	return nil
+	l := s.lockBlocks(off, int64(len(p)))
+	defer s.blocks.unlock(l)
+	return s.writeRange(p, off)
 }
 
 const copyStep = 32 << 20
@@ -356,21 +585,22 @@ func (s *Store) Zero(off, n int64, punch bool) error {
 		return err
 	}
 	defer s.written.Add(1)
-	if err := s.raw.Zero(off, n, punch); err != nil {
-		return fmt.Errorf("zero %s: %w", s.id, err)
-	}
-	return nil
+	l := s.lockBlocks(off, n)
+	defer s.blocks.unlock(l)
+	return s.zeroRange(off, n, punch)
 }
 
 // Flush makes everything durable that was written, appended or applied before,
 // and forgets the journal's applied records. It may take as long as the disk
 // needs for all that was applied since the journal was last trimmed.
 func (s *Store) Flush() error {
-	if err := s.syncImage(s.needsTrim); err != nil {
+	if err := s.syncImage(s.needsSync); err != nil {
 		return err
 	}
 	return s.syncJournal()
 }
+
+func (s *Store) needsSync() bool { return s.changes.Load() != s.synced.Load() || s.needsTrim() }
 
 // syncImage makes the image durable and then trims the journal up to what had
 // been applied before, if a direct write waits for it or more says so.
@@ -378,7 +608,11 @@ func (s *Store) syncImage(more func() bool) error {
 	if err := s.Err(); err != nil {
 		return err
 	}
+	done := s.through.inPlace()
 	if s.durable.Load() == s.written.Load() && !more() {
+		if s.synced.Load() == s.changes.Load() {
+			s.through.imageSynced(done) // an epoch may have ended since
+		}
 		return nil
 	}
 	s.imageMu.Lock()
@@ -387,10 +621,15 @@ func (s *Store) syncImage(more func() bool) error {
 	if s.durable.Load() == count && !more() {
 		return nil // somebody else's sync covered it while we waited
 	}
+	changes, epoch := s.changes.Load(), s.through.inPlace()
 	through := s.journal.appliedThrough()
+	s.point("image.sync")
 	if err := s.raw.Sync(); err != nil {
 		return s.fail("sync of the image", err)
 	}
+	s.point("image.synced")
+	s.synced.Store(changes)
+	s.through.imageSynced(epoch)
 	// Persist, then say so: a record that is not replayed any more must be in the image.
 	if err := s.trimThrough(through); err != nil {
 		return err
@@ -400,7 +639,8 @@ func (s *Store) syncImage(more func() bool) error {
 }
 
 // Wipe turns the image into one hole, for a full copy. It is refused unless the
-// metadata says Inconsistent and no epoch is pending. Durable after the next Flush.
+// metadata says Inconsistent and no epoch is pending. Durable on return, and so is
+// that all checksums are known.
 func (s *Store) Wipe() error {
 	if st := s.Meta().State; st != model.Inconsistent {
 		return fmt.Errorf("wipe %s, which is %s: %w", s.id, st, ErrState)
@@ -408,13 +648,51 @@ func (s *Store) Wipe() error {
 	if s.Pending() != 0 {
 		return fmt.Errorf("wipe %s with epochs pending: %w", s.id, ErrState)
 	}
+	if err := s.checkWrite(0, s.size); err != nil {
+		return err
+	}
+	l := s.lockBlocks(0, s.size)
+	defer s.blocks.unlock(l)
+	// The activity log is not asked: everything is about to be copied anyway. The
+	// checksums are forgotten before, and known again when all is durable.
+	if err := s.forgetSums(); err != nil {
+		return err
+	}
+	defer s.written.Add(1)
 	// In pieces: some file systems hold a lock all along.
 	for off := int64(0); off < s.size; off += wipeStep {
-		if err := s.Zero(off, min(wipeStep, s.size-off), true); err != nil {
-			return err
+		if err := s.raw.Zero(off, min(wipeStep, s.size-off), true); err != nil {
+			return fmt.Errorf("wipe %s: %w", s.id, err)
 		}
+		s.changes.Add(1)
 	}
+	if err := s.syncImage(func() bool { return true }); err != nil || !s.sums.on() {
+		return err
+	}
+	if err := s.changeMeta(func(m *metaRecord) { m.complete = true }); err != nil {
+		return err
+	}
+	s.sums.complete.Store(true)
 	return nil
+}
+
+// forgetSums makes all checksums unknown, durably. All blocks are locked.
+func (s *Store) forgetSums() error {
+	if !s.sums.on() {
+		return nil
+	}
+	s.sums.complete.Store(false)
+	if err := s.changeMeta(func(m *metaRecord) { m.complete = false }); err != nil {
+		return err
+	}
+	s.act.quiesce()
+	if err := s.sums.file.Truncate(0); err != nil {
+		return fmt.Errorf("empty the checksums of %s: %w", s.id, err)
+	}
+	if err := createSums(s.sums.file, s.size); err != nil {
+		return fmt.Errorf("empty the checksums of %s: %w", s.id, err)
+	}
+	return s.act.freshPages()
 }
 
 const wipeStep = 1 << 30

@@ -2,8 +2,10 @@ package blockstore
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"perdure/internal/bitmap"
@@ -41,7 +43,7 @@ type Volume struct {
 	mode    Mode         // guarded by gate
 	leaving *EpochWrites // guarded by gate; cut by a SetMode(Direct) that failed
 
-	overlap rangeLock // of direct writes
+	fetch atomic.Pointer[Fetch]
 
 	mu       sync.RWMutex // guards what follows
 	open     *layer
@@ -57,6 +59,71 @@ type Volume struct {
 
 	trackMu sync.Mutex
 	dirty   *bitmap.Bitmap // nil: not tracking
+}
+
+// Fetch gets blocks from the peer that are damaged here: as of the peer's newest
+// write to them, in the order of the stream of writes. off and len(p) are
+// multiples of BlockSize.
+type Fetch func(p []byte, off int64) error
+
+// SetFetch makes reads of damaged blocks be answered from the peer, and the blocks
+// be repaired in place. nil: they fail with a BlockError. Called from requests
+// while they hold the blocks: it must not wait for a write to this volume.
+func (v *Volume) SetFetch(f Fetch) {
+	if f == nil {
+		v.fetch.Store(nil)
+		return
+	}
+	v.fetch.Store(&f)
+}
+
+// repairing does something that reads the image, and once more for each damaged
+// run of blocks that the peer could replace.
+func (v *Volume) repairing(do func() error) error {
+	for last := int64(-1); ; {
+		err := do()
+		f := v.fetch.Load()
+		if err == nil || f == nil {
+			return err
+		}
+		var bad *BlockError
+		if !errors.As(err, &bad) || bad.Off == last {
+			return err // it was repaired, and is bad again
+		}
+		if rerr := v.store.Repair(bad.Off, bad.Len, *f); rerr != nil {
+			return errors.Join(err, rerr)
+		}
+		last = bad.Off
+	}
+}
+
+// readStore reads from the image, with repair. Where nothing can be written here,
+// the peer answers all the same.
+func (v *Volume) readStore(p []byte, off int64) error {
+	err := v.store.ReadAt(p, off)
+	f := v.fetch.Load()
+	if err == nil || f == nil {
+		return err
+	}
+	first := true
+	err = v.repairing(func() error {
+		if first {
+			first = false
+			return err
+		}
+		return v.store.ReadAt(p, off)
+	})
+	var bad *BlockError
+	if err == nil || !errors.As(err, &bad) {
+		return err
+	}
+	in := off % BlockSize
+	whole := make([]byte, (in+int64(len(p))+BlockSize-1)/BlockSize*BlockSize)
+	if ferr := (*f)(whole, off-in); ferr != nil {
+		return errors.Join(err, ferr)
+	}
+	copy(p, whole[in:])
+	return nil
 }
 
 // NewVolume returns a volume in mode Direct. After a takeover every acknowledged
@@ -89,7 +156,7 @@ func (v *Volume) ReadAt(_ context.Context, p []byte, off int64) error {
 	v.gate.RLock()
 	defer v.gate.RUnlock()
 	if v.mode == Direct {
-		return v.store.ReadAt(p, off)
+		return v.readStore(p, off)
 	}
 	if err := v.store.check(off, int64(len(p))); err != nil {
 		return err
@@ -99,7 +166,7 @@ func (v *Volume) ReadAt(_ context.Context, p []byte, off int64) error {
 	var space [8]span
 	misses := v.readHeld(p, off, space[:0])
 	for _, m := range misses {
-		if err := v.store.ReadAt(p[m.from:m.to], off+int64(m.from)); err != nil {
+		if err := v.readStore(p[m.from:m.to], off+int64(m.from)); err != nil {
 			return err
 		}
 	}
@@ -208,7 +275,7 @@ func (v *Volume) own(n int64) *block {
 func (v *Volume) merge(n int64, in int, p []byte) error {
 	var base block
 	if !v.tryMerge(n, in, p, nil) {
-		if err := v.store.ReadAt(base[:], n*BlockSize); err != nil {
+		if err := v.readStore(base[:], n*BlockSize); err != nil {
 			return err
 		}
 		v.tryMerge(n, in, p, &base)
@@ -281,9 +348,7 @@ func (v *Volume) Zero(ctx context.Context, off, n int64, fua, punch bool) error 
 
 // direct carries out a change in place.
 func (v *Volume) direct(off, n int64, fua bool, do func() error) error {
-	e := v.overlap.lock(off, off+n)
-	err := do()
-	v.overlap.unlock(e)
+	err := v.repairing(do)
 	// Marked after the change and before the answer: whoever takes the bitmap later
 	// finds the mark, whoever took it earlier reads the image later still.
 	v.mark(off, n)

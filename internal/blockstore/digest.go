@@ -1,0 +1,183 @@
+package blockstore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"github.com/zeebo/xxh3"
+
+	"perdure/internal/model"
+)
+
+// Trust says what a replica's own checksums say of a chunk.
+type Trust uint8
+
+// The verdicts.
+const (
+	Unknown    Trust = iota // of some block there is no checksum, or one in doubt; the others hold
+	Holds                   // all checksums hold
+	Broken                  // a block does not match its checksum
+	Unreadable              // a block cannot be read
+)
+
+// ChunkDigest is one chunk of a replica, for a comparison with the peer's. Digests
+// guard against mistakes and decay, not against somebody who makes them fit.
+type ChunkDigest struct {
+	Chunk int64 // number; its offset is Chunk × ChunkSize
+	Sum   [16]byte
+	Trust Trust
+}
+
+// ErrTooLate says that an epoch after the one asked for is in place already.
+var ErrTooLate = errors.New("a later epoch is in place already")
+
+// Digest reads chunks start … end-1, each while no write is under way in it, and
+// passes their digests on. A difference from the peer's means something only if
+// both sides did the same writes to the chunk: with writes in one order on both
+// hosts, ask while none is on its way; with epochs, use DigestAsOf. It reads as
+// fast as it can: the caller asks for little at a time.
+func (s *Store) Digest(start, end int64, each func(ChunkDigest) error) error {
+	if start < 0 || end > s.Chunks() {
+		return fmt.Errorf("digest of chunks %d … %d of %s: %w", start, end, s.id, syscall.EINVAL)
+	}
+	buf := make([]byte, ChunkSize)
+	for c := start; c < end; c++ {
+		d, err := s.digestChunk(c, buf)
+		if err != nil {
+			return err
+		}
+		if err := each(d); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *Store) digestChunk(c int64, buf []byte) (ChunkDigest, error) {
+	off := c * ChunkSize
+	p := buf[:min(ChunkSize, s.size-off)]
+	if err := s.check(off, int64(len(p))); err != nil {
+		return ChunkDigest{}, err
+	}
+	l := s.lockBlocks(off, int64(len(p)))
+	defer s.blocks.unlock(l)
+	d := ChunkDigest{Chunk: c}
+	if err := s.readImage(p, off); err != nil {
+		if !mediumError(err) {
+			return d, err
+		}
+		d.Trust = Unreadable
+		return d, nil
+	}
+	d.Sum = xxh3.Hash128(p).Bytes()
+	if !s.sums.on() {
+		return d, nil
+	}
+	bad, err := s.verify(p, off)
+	if err != nil {
+		return d, err
+	}
+	if bad >= 0 {
+		d.Trust = Broken
+		return d, nil
+	}
+	known, err := s.allKnown(off, int64(len(p)))
+	if known {
+		d.Trust = Holds
+	}
+	return d, err
+}
+
+// allKnown reports whether every block of a range within one extent has a checksum that counts.
+func (s *Store) allKnown(off, n int64) (bool, error) {
+	page, doubt, err := s.act.sumsOf(off / ExtentSize)
+	if err != nil {
+		return false, fmt.Errorf("read checksums of %s: %w", s.id, err)
+	}
+	complete := s.sums.complete.Load()
+	for b := off % ExtentSize / BlockSize; b < (off%ExtentSize+n)/BlockSize; b++ {
+		if doubt.has(b) || !complete && atomic.LoadUint32(&page[b]) == 0 {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// digestQueue holds digests that wait for their epoch.
+type digestQueue struct {
+	some atomic.Bool
+	mu   sync.Mutex
+	list []*digestWait
+}
+
+type digestWait struct {
+	epoch      model.Epoch
+	start, end int64
+	out        []ChunkDigest
+	err        error
+	done       chan struct{}
+}
+
+// DigestAsOf is Digest as of the end of epoch e: after all its writes are in place,
+// and before any of the next one. Both sides ask for the same epoch, ahead of it;
+// ErrTooLate: it is past, ask for a later one. The range is read while the next
+// epoch waits to be applied, so it should be short (a chunk takes some 20 µs).
+func (s *Store) DigestAsOf(ctx context.Context, e model.Epoch, start, end int64) ([]ChunkDigest, error) {
+	w := &digestWait{epoch: e, start: start, end: end, done: make(chan struct{})}
+	q := &s.digests
+	q.mu.Lock()
+	q.some.Store(true) // before the epoch is looked at, see answerDigests
+	now := s.act.epochNow()
+	if now > e {
+		q.mu.Unlock()
+		return nil, fmt.Errorf("digest of %s as of epoch %d, epoch %d is open: %w", s.id, e, now, ErrTooLate)
+	}
+	q.list = append(q.list, w)
+	q.mu.Unlock()
+	select {
+	case <-w.done:
+		return w.out, w.err
+	case <-ctx.Done():
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for i, x := range q.list {
+		if x == w {
+			q.list = append(q.list[:i], q.list[i+1:]...)
+		}
+	}
+	return nil, ctx.Err()
+}
+
+// answerDigests carries out what waits for epoch e or an earlier one. The caller
+// applies epochs in order, has said that a later one is open, and applies it afterwards.
+func (s *Store) answerDigests(e model.Epoch) {
+	q := &s.digests
+	if !q.some.Load() {
+		return
+	}
+	q.mu.Lock()
+	var due []*digestWait
+	rest := q.list[:0]
+	for _, w := range q.list {
+		if w.epoch <= e {
+			due = append(due, w)
+		} else {
+			rest = append(rest, w)
+		}
+	}
+	q.list = rest
+	q.some.Store(len(rest) > 0)
+	q.mu.Unlock()
+	for _, w := range due {
+		w.err = s.Digest(w.start, w.end, func(d ChunkDigest) error {
+			w.out = append(w.out, d)
+			return nil
+		})
+		close(w.done)
+	}
+}
