@@ -73,7 +73,8 @@ func table() map[string]row {
 			{"go.etcd.io", "the cluster store is etcd, embedded"}, {"go.uber.org/zap", "etcd logs through it; it is bridged to slog"}}},
 		"internal/shimapi":    {mechanisms, nil},
 		"internal/vfs":        {mechanisms, []edge{sys}},
-		"internal/blockstore": {mechanisms, append(down("internal/bitmap", "internal/replica"), edge{"internal/vfs", "all its I/O goes through the file seam, so that crashes can be tested"}, sys)},
+		"internal/blockstore": {mechanisms, append(down("internal/bitmap", "internal/replica"), edge{"internal/vfs", "all its I/O goes through the file seam, so that crashes can be tested"},
+			edge{"github.com/zeebo/xxh3", "verify compares chunks by digest"}, sys)},
 		"internal/nbd":        {mechanisms, []edge{sys}},
 		"internal/chardev":    {mechanisms, []edge{sys}},
 		"internal/guestmem": {mechanisms, append(down("internal/bitmap"), sys, edge{"github.com/hanwen/go-fuse/v2", "guest memory is a FUSE file"},
@@ -97,7 +98,7 @@ func table() map[string]row {
 		"api": {surfaces, nil},
 		"internal/httpapi": {surfaces, []edge{{"api", "it serves the wire types"},
 			{"github.com/danielgtaylor/huma/v2", "OpenAPI and problem+json made from the code"}}},
-		"internal/cli": {surfaces, append(down("internal/config", "internal/doctor"), edge{"api", "it is a client of the REST interface"},
+		"internal/cli": {surfaces, append(down("internal/config", "internal/doctor", "internal/blockstore", "internal/vfs"), edge{"api", "it is a client of the REST interface"},
 			edge{"github.com/spf13/cobra", "commands"}, edge{"github.com/spf13/pflag", "flags whose order counts"}, edge{"golang.org/x/term", "the console"}, edge{"gopkg.in/yaml.v3", "-o yaml"})},
 		"internal/client": {surfaces, []edge{{"internal/lab/guestsvc", "it speaks to the services of the demo guest"}}},
 

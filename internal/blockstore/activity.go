@@ -135,9 +135,6 @@ func (a *activity) open(s *Store, f vfs.File, limit int) (found []uint32, damage
 	found = slices.DeleteFunc(found, func(e uint32) bool { return int64(e&^logSumsOnly) >= n })
 	a.seq = seq
 	size := int(min(max(int64(limit), int64(len(found)), 4), n))
-	if int64(size) < n {
-		size = max(size, min(len(found)+4, MaxActivity))
-	}
 	a.index = make([]int32, n)
 	a.entries = make([]extent, size)
 	a.free = make([]int32, 0, size)

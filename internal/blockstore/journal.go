@@ -266,6 +266,7 @@ func (s *Store) Append(term model.Term, epoch model.Epoch, w *EpochWrites) error
 	if err != nil {
 		return err
 	}
+	s.point("journal.write")
 	if _, err := a.file.WriteAt(j.buf, a.end); err != nil {
 		return fmt.Errorf("append epoch %d to the journal of %s: %w", epoch, s.id, err)
 	}
@@ -367,6 +368,7 @@ func (s *Store) syncJournal() error {
 		if err := a.file.Sync(); err != nil {
 			return s.fail("sync of the journal", err)
 		}
+		s.point("journal.synced")
 	}
 	s.through.journalSynced(epoch)
 	return nil
@@ -425,6 +427,7 @@ func (s *Store) applyWhile(ok func(pendingEpoch) bool) error {
 			s.act.reach(p.epoch) // first, so that nobody asks any more for what is answered now
 			s.answerDigests(p.epoch - 1)
 		}
+		s.point("journal.apply")
 		if err := s.applyInPlace(p.writes); err != nil {
 			return fmt.Errorf("apply epoch %d: %w", p.epoch, err)
 		}

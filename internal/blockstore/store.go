@@ -395,6 +395,7 @@ func (s *Store) settleSide() error {
 
 // reopenSums follows a changed setting. Nothing was read or written yet.
 func (s *Store) reopenSums() (err error) {
+	s.sums.complete.Store(s.meta.complete)
 	if !s.meta.sums {
 		f := s.sums.file
 		s.sums.file = nil
@@ -412,7 +413,6 @@ func (s *Store) reopenSums() (err error) {
 			return err
 		}
 	}
-	s.sums.complete.Store(s.meta.complete)
 	return s.act.freshPages()
 }
 
@@ -517,11 +517,13 @@ func (s *Store) changeMeta(fn func(*metaRecord)) error {
 		return fmt.Errorf("change metadata of %s: %w", s.id, err)
 	}
 	m.seq++
+	s.point("meta.write")
 	if err := writeMeta(s.file, m); err != nil {
 		// Which of the two slots counts is not known any more.
 		return s.fail("metadata write", err)
 	}
 	s.meta = m
+	s.point("meta.written")
 	return nil
 }
 

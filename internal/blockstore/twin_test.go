@@ -40,8 +40,10 @@ func twinParams() Params {
 	return p
 }
 
-func openTwin(m *vfs.Mem) (*Store, error) {
-	s, err := Open(m, "/d", "disk0", Options{JournalLimit: 64 << 10, NoAutoTrim: true, Activity: 4})
+func openTwin(m *vfs.Mem) (*Store, error) { return openTwinOn(m, "/d") }
+
+func openTwinOn(m vfs.FS, dir string) (*Store, error) {
+	s, err := Open(m, dir, "disk0", Options{JournalLimit: 64 << 10, NoAutoTrim: true, Activity: 4})
 	if err != nil {
 		return nil, err
 	}
