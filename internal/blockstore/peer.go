@@ -27,7 +27,10 @@ func (s *Store) PeerDurable(through model.Epoch) { s.act.peerDurable(through) }
 
 // PeerWanted carries a token when the activity log runs out of extents whose
 // changes the peer has reported durable. Writes into cold extents wait until it
-// reports, or until Detach: the owner has to see to either.
+// reports, or until Detach: the owner has to see to either. It draws a line
+// (Committed) where writes go in place as they come, has the peer sync and report,
+// and reports DurableThrough itself; a report of an epoch does not wait for the
+// epoch being in place here, as the peer has it whole.
 func (s *Store) PeerWanted() <-chan struct{} { return s.act.ask }
 
 // Committed says that epoch e has ended: all its changes are in place, and what

@@ -86,6 +86,7 @@ type Store struct {
 	digests         digestQueue
 	background      sync.WaitGroup
 	stopping        chan struct{} // closed by Close
+	closing         sync.Once
 
 	setting sync.Mutex // one SetMeta at a time
 	metaMu  sync.Mutex
@@ -439,7 +440,7 @@ func (s *Store) closeFiles() error {
 // the replica does not count as left in order. After a sticky failure only the
 // files are closed, and that failure is returned.
 func (s *Store) Close() error {
-	close(s.stopping)
+	s.closing.Do(func() { close(s.stopping) })
 	s.background.Wait()
 	s.journal.stop()
 	err := s.Err()
