@@ -384,7 +384,7 @@ func crashTwins(seed int64, w *twins, who [2]bool, stop int, keep func() bool, l
 // An operation that fails once, without a crash: what the error leaves in doubt is
 // known as well, whether the process lives on or is started again.
 func TestWhatDiffersIsKnownAfterErrors(t *testing.T) {
-	cases, seeds := 0, int64(3)
+	cases, seeds := 0, int64(2)
 	if testing.Short() {
 		seeds = 2
 	}
@@ -458,7 +458,7 @@ func everyTwin(t *testing.T, seeds int64, early bool, lie string) (cases int, fa
 }
 
 func TestWhatDiffersIsKnown(t *testing.T) {
-	seeds := int64(6)
+	seeds := int64(4)
 	if testing.Short() {
 		seeds = 2
 	}
