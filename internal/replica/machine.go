@@ -254,6 +254,9 @@ func (m *Machine) Copy() Copy { return m.copy }
 // Judgement returns what was found of the peer's copy; zero before a hello.
 func (m *Machine) Judgement() Judgement { return m.judge }
 
+// PeerHasData reports whether the peer's copy ever held data of a known line.
+func (m *Machine) PeerHasData() bool { return !m.hello.Copy.Current.IsZero() }
+
 // Step handles one event and returns what the driver must do, in this order. An
 // event that does not fit where the machine stands changes nothing: a message
 // may be overtaken by a loss, a grant by the next one.

@@ -39,6 +39,7 @@ type pair struct {
 	flushed  chan struct{} // the secondary's copy is durable
 	flushing atomic.Bool   // while that is waited for
 	moved    atomic.Int64  // bytes of the full copy that were sent
+	differ   chan []byte   // the secondary's answers to digests
 
 	mu       sync.Mutex
 	sess     *peer.Session
@@ -51,7 +52,9 @@ type pair struct {
 	lostAt   time.Time // when lost was set
 	left     bool      // settled by the runner: the committer does nothing any more
 	progress []model.Progress
-	lastDisk []diskChunk // what the full copy still owes, sent with the first epoch
+	lastDisk []diskChunk   // what the copy still owes, sent with the first epoch
+	owesLast bool          // and that it was the last
+	copied   map[int]int64 // bytes that went over the link, by disk
 	slow     *epoch.SlowWatch
 
 	prevDev []byte // sender only
@@ -59,8 +62,8 @@ type pair struct {
 
 func newPair(p *primary, host string, term model.Term) *pair {
 	pr := &pair{p: p, host: host, term: term, begun: time.Now(), enc: guestmem.NewEncoder(guestmem.EncoderConfig{SkipUnchanged: true, Size: p.s.cfg.Spec.Memory}),
-		sendQ: make(chan *captured, 2*epoch.MaxInFlight), poke: make(chan struct{}, 1), gate: make(chan struct{}, 1), flushed: make(chan struct{}, 1),
-		flights: map[model.Epoch]*captured{}, slow: epoch.NewSlowWatch(2*time.Second, 5*time.Second)}
+		sendQ: make(chan *captured, 2*epoch.MaxInFlight), poke: make(chan struct{}, 1), gate: make(chan struct{}, 1), flushed: make(chan struct{}, 1), differ: make(chan []byte, 1),
+		flights: map[model.Epoch]*captured{}, copied: map[int]int64{}, slow: epoch.NewSlowWatch(2*time.Second, 5*time.Second)}
 	pr.ctx, pr.cancel = context.WithCancel(p.ctx)
 	return pr
 }
@@ -168,6 +171,12 @@ func (pr *pair) receive() {
 			case pr.flushed <- struct{}{}:
 			default:
 			}
+		}
+		if err := pr.takeDisk(m); err != nil && pr.ctx.Err() == nil {
+			pr.p.s.log.Error("disks of the pair", "error", err)
+			pr.markLost()
+			pr.p.s.post(authority.EvUnprotect{Reason: err.Error()})
+			return
 		}
 		if m.Kind != kindSynced {
 			continue
@@ -537,6 +546,7 @@ func (pr *pair) commit(c *captured) error {
 		}
 	}
 	c.committed = true
+	pr.p.disks.committed(c.epoch)
 	return nil
 }
 

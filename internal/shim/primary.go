@@ -32,6 +32,7 @@ const (
 type primary struct {
 	s      *Shim
 	inst   *instance
+	disks  *disks
 	cmds   chan func()
 	wake   chan struct{}
 	ctx    context.Context
@@ -74,8 +75,8 @@ const (
 	standsFinal  = "handed over"
 )
 
-func newPrimary(s *Shim, inst *instance, last model.Epoch) *primary {
-	p := &primary{s: s, inst: inst, cmds: make(chan func(), 32), wake: make(chan struct{}, 1), standing: standsNew,
+func newPrimary(s *Shim, inst *instance, d *disks, last model.Epoch) *primary {
+	p := &primary{s: s, inst: inst, disks: d, cmds: make(chan func(), 32), wake: make(chan struct{}, 1), standing: standsNew,
 		state: model.StateStarting, last: last}
 	p.ctx, p.cancel = context.WithCancel(s.ctx)
 	for _, d := range inst.nics {
@@ -328,6 +329,10 @@ func (p *primary) run(paused bool) {
 	p.do(func() {
 		kept := p.kept
 		p.kept = nil
+		if err := p.disks.alone(); err != nil {
+			p.guestEnded(err.Error())
+			return
+		}
 		if paused {
 			p.standing = standsPaused
 			p.setState(model.StatePaused)
@@ -509,6 +514,10 @@ func (p *primary) leavePair() {
 	p.mu.Unlock()
 	if pr != nil {
 		pr.leave()
+		if err := p.disks.lost(); err != nil && p.ctx.Err() == nil {
+			p.guestEnded("mark what the secondary lacks: " + err.Error())
+			return
+		}
 		for _, v := range p.inst.vols {
 			v.StopTracking()
 		}
@@ -556,6 +565,9 @@ func (p *primary) leaveHeld(pr *pair) error {
 	// A guest that was to be handed over is this side's again.
 	final := p.standing == standsFinal && !p.finalPaused
 	p.goOn = p.goOn || st.WasRunning || p.standing == standsBound || final
+	if err := errors.Join(p.disks.lost(), p.disks.alone()); err != nil {
+		return err
+	}
 	flights, err := pr.commitAlone()
 	if err != nil {
 		return err
@@ -596,9 +608,13 @@ func (p *primary) lastEpoch() model.Epoch {
 	return p.last
 }
 
-// detach is asked before each claim of simplex. Replicas are copied whole when
-// they return, so that nothing has to be marked; see docs/ARCHITECTURE.md.
-func (p *primary) detach() {}
+// detach is asked before each claim of simplex: what the secondary has not
+// reported durable is marked when it returns.
+func (p *primary) detach() {
+	if err := p.disks.lost(); err != nil && p.ctx.Err() == nil {
+		p.guestEnded("mark what the secondary lacks: " + err.Error())
+	}
+}
 
 // protect begins to fill a secondary on host.
 func (p *primary) protect(host string, term model.Term) {

@@ -20,9 +20,10 @@ import (
 
 // standby fills and follows: it is the secondary's side of one session.
 type standby struct {
-	s    *Shim
-	inst *instance
-	next model.RunID // what the memory here is called once it is full
+	s     *Shim
+	inst  *instance
+	disks *disks
+	next  model.RunID // what the memory here is called once it is full
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -115,12 +116,14 @@ func (st *standby) open() error {
 	}
 	s.mu.Lock()
 	s.inst, st.inst = inst, inst
+	st.disks = newDisks(s, inst)
 	s.mu.Unlock()
 	s.tl.add("standby", 0, time.Since(start), "standby waits on host %s", s.cfg.Host)
 	st.goWork(st.watchQEMU)
 
 	me := s.hello()
 	me.NextRun = st.next
+	me.Disks = st.disks.hello()
 	local := make([]string, len(s.cfg.ALinkAddrs))
 	copy(local, s.cfg.ALinkAddrs)
 	st.ln, err = peer.Listen(st.ctx, peer.Config{TLS: s.tls, Verify: s.verifyHost(""), Hello: me.encode(), Local: local,
@@ -170,7 +173,7 @@ func (st *standby) serve() error {
 		err = st.s.judgePrimary(h)
 	}
 	if err == nil {
-		err = st.resetReplicas()
+		err = st.meet(h)
 	}
 	if err != nil {
 		sess.Close(err.Error())
@@ -264,6 +267,8 @@ func (st *standby) take(m peer.Message) error {
 		return st.takeChunk(m.Payload)
 	case kindSyncFlush:
 		return st.flushCopy()
+	case kindDiskWord, kindDiskSums, kindDurable, kindWantDurable:
+		return st.takeDiskMessage(m)
 	case kindEpochBegin:
 		return st.takeBegin(m.Payload)
 	case kindEpochPages, kindEpochDisk, kindEpochFrames, kindEpochDevices:
@@ -295,6 +300,9 @@ func (st *standby) takeChunk(p []byte) error {
 		return err
 	}
 	data := p[chunkHead:]
+	if c.Zero != 0 && len(data) == 0 && int(c.Disk) < len(st.inst.stores) {
+		return st.inst.stores[c.Disk].Zero(c.Off, int64(c.Len), true)
+	}
 	if int(c.Disk) >= len(st.inst.stores) || len(data) != int(c.Len) {
 		return fmt.Errorf("piece of disk %d: %d bytes, %d announced; there are %d disks", c.Disk, len(data), c.Len, len(st.inst.stores))
 	}
@@ -491,7 +499,7 @@ func (st *standby) journal(c *whole) error {
 // becomeFull makes the replica good for use, durably, and tells both the
 // authority and the primary that everything is here as of this epoch.
 func (st *standby) becomeFull(c *whole) error {
-	if err := st.markReplicas(model.UpToDate); err != nil {
+	if err := st.disksWhole(c.epoch); err != nil {
 		return err
 	}
 	st.mu.Lock()
@@ -651,6 +659,7 @@ func (st *standby) apply(c *whole) error {
 			return fmt.Errorf("disk %d: %w", n, err)
 		}
 	}
+	st.disks.committed(c.epoch)
 	if len(c.console) > 0 {
 		st.inst.serial.Release(c.console)
 	}

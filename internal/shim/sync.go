@@ -6,7 +6,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"strconv"
 	"strings"
@@ -18,6 +17,7 @@ import (
 	"perdure/internal/model"
 	"perdure/internal/peer"
 	"perdure/internal/pki"
+	"perdure/internal/replica"
 	"perdure/internal/shimapi"
 )
 
@@ -179,6 +179,9 @@ func (pr *pair) fillAll() error {
 	if err := pr.copyMemory(); err != nil {
 		return fmt.Errorf("copy memory: %w", err)
 	}
+	if err := pr.awaitTarget(); err != nil {
+		return fmt.Errorf("compare disks: %w", err)
+	}
 	if err := pr.copyDisks(); err != nil {
 		return fmt.Errorf("copy disks: %w", err)
 	}
@@ -234,6 +237,9 @@ func (pr *pair) connect() error {
 		sess, h, err := pr.dial()
 		if err == nil {
 			pr.adopt(sess, h)
+			if err := pr.meet(h); err != nil {
+				return err
+			}
 			pr.p.s.post(authority.EvPeerUp{Host: pr.host, Run: h.Run, Term: h.Term, Mode: h.Mode})
 			return nil
 		}
@@ -259,6 +265,7 @@ func (pr *pair) dial() (*peer.Session, hello, error) {
 		me.First = pr.p.lastEpoch() + 1
 		me.Term = pr.term
 		me.QEMU = pr.p.s.cfg.QEMU
+		me.Disks = pr.p.disks.hello()
 		cfg := peer.Config{TLS: s.tls, Verify: s.verifyHost(pr.host), Hello: me.encode(), Remote: e.Addrs,
 			Silence: s.silence(), Log: s.log, Urgent: pr.onUrgent}
 		if len(s.cfg.ALinkAddrs) == len(e.Addrs) {
@@ -358,41 +365,12 @@ func (pr *pair) sendPages(frame []byte) error {
 	return err
 }
 
-// copyDisks sends all of the disks that is not a hole.
-func (pr *pair) copyDisks() error {
-	var total, done int64
-	for _, st := range pr.p.inst.stores {
-		total += st.Size()
-	}
-	if total == 0 {
-		return nil
-	}
-	m := pr.newMeter("disks", total)
-	buf := make([]byte, maxPart)
-	for n, st := range pr.p.inst.stores {
-		for off := int64(0); ; {
-			start, got, err := st.NextData(off, buf)
-			if errors.Is(err, io.EOF) {
-				break
-			}
-			if err != nil {
-				return err
-			}
-			if err := pr.sendChunk(diskChunk{Disk: uint32(n), Off: start, Len: uint32(got)}, buf[:got]); err != nil {
-				return err
-			}
-			off = start + int64(got)
-			m.at(done + off)
-		}
-		done += st.Size()
-		m.at(done)
-	}
-	return nil
-}
-
 func (pr *pair) sendChunk(c diskChunk, data []byte) error {
 	err := pr.sess.Send(pr.ctx, kindSyncDisk, pack(c), data)
 	pr.moved.Add(int64(len(data)))
+	pr.mu.Lock()
+	pr.copied[int(c.Disk)] += int64(len(data))
+	pr.mu.Unlock()
 	return err
 }
 
@@ -458,6 +436,12 @@ func (pr *pair) sendChunks(chunks []diskChunk) error {
 // guest stands still and its writes are held from now on, so that the image in
 // place does not change before the first epoch, which is sent after it, commits.
 func (pr *pair) takeLastDisk() error {
+	pr.p.disks.attach(pr.p.lastEpoch() + 1)
+	if _, err := pr.p.disks.all(replica.EvCaughtUp{}); err != nil {
+		return err
+	}
+	pr.goWork(func() { pr.p.disks.reports(pr.ctx.Done(), pr.sess.Lost(), pr.sendKind) })
+	pr.owesLast = true
 	for n, v := range pr.p.inst.vols {
 		pr.lastDisk = append(pr.lastDisk, pr.dirtyChunks(n)...)
 		v.StopTracking()
@@ -468,7 +452,15 @@ func (pr *pair) takeLastDisk() error {
 func (pr *pair) sendLastDisk() error {
 	chunks := pr.lastDisk
 	pr.lastDisk = nil
-	return pr.sendChunks(chunks)
+	if err := pr.sendChunks(chunks); err != nil || !pr.owesLast {
+		return err
+	}
+	pr.owesLast = false
+	words, err := pr.p.disks.all(replica.EvRestSent{})
+	if err != nil {
+		return err
+	}
+	return pr.p.disks.sendWords(words, pr.sendKind)
 }
 
 // machineDigest names what the guest sees, as far as the specification decides it.

@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 	"time"
@@ -33,7 +34,7 @@ func (s *Shim) boot() {
 	}
 	s.mu.Lock()
 	s.inst = inst
-	s.prim = newPrimary(s, inst, 0)
+	s.prim = newPrimary(s, inst, newDisks(s, inst), 0)
 	s.mu.Unlock()
 	s.tl.add("built", 0, time.Since(start), "QEMU is ready")
 	s.post(authority.EvFilled{Run: run})
@@ -86,12 +87,18 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 	}
 	applied := time.Now()
 	c := st.newest
+	line := make(chan error, 1)
+	go func() { line <- errors.Join(st.disks.lost(), st.disks.alone()) }() // beside the load, which touches no disk
 	if err := st.inst.qmp.LoadDevices(s.ctx, c.dev); err != nil {
 		st.endReceiving()
 		fail(fmt.Errorf("load device state of epoch %d: %w", c.epoch, err))
 		return
 	}
-	p := newPrimary(s, st.inst, c.epoch)
+	if err := <-line; err != nil {
+		fail(err)
+		return
+	}
+	p := newPrimary(s, st.inst, st.disks, c.epoch)
 	p.started = true
 	s.mu.Lock()
 	s.prim, s.stby = p, nil
@@ -124,9 +131,6 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 	p.announce(announceFor)
 	p.keepTime("the takeover")
 	st.retire()
-	if err := markReplicas(s, st.inst.stores, model.UpToDate, a.Term, st.next); err != nil {
-		s.log.Error("mark replicas", "error", err)
-	}
 }
 
 // announceFor is how long a VM that moved tells the switches where it is: the
@@ -178,43 +182,6 @@ func (st *standby) retire() {
 	if st.ln != nil {
 		st.ln.Close()
 	}
-}
-
-// markReplicas writes state and identity into the replicas' own metadata.
-func markReplicas(s *Shim, stores []*blockstore.Store, state model.ReplicaState, term model.Term, run model.RunID) error {
-	s.mu.Lock()
-	branch := s.record.Record.Branch
-	s.mu.Unlock()
-	s.markMu.Lock()
-	defer s.markMu.Unlock()
-	for n, st := range stores {
-		err := st.SetMeta(func(m *blockstore.Meta) { m.State, m.Term, m.Branch, m.Run = state, term, branch, run })
-		if err != nil {
-			return fmt.Errorf("mark disk %d %s: %w", n, state, err)
-		}
-	}
-	return nil
-}
-
-func (st *standby) markReplicas(state model.ReplicaState) error {
-	return markReplicas(st.s, st.inst.stores, state, st.pair.Term, st.next)
-}
-
-// resetReplicas makes replicas worth nothing, durably, before the first piece
-// of a full copy is written over them. It is called only once the primary of
-// the record that named this standby has spoken: what a read said when the
-// shim started may be old, and the replica may be UpToDate in the record by now.
-func (st *standby) resetReplicas() error {
-	for n, store := range st.inst.stores {
-		err := store.SetMeta(func(m *blockstore.Meta) { m.State = model.Inconsistent })
-		if err == nil {
-			err = store.Wipe()
-		}
-		if err != nil {
-			return fmt.Errorf("empty replica of disk %s: %w", st.s.cfg.Spec.Disks[n].ID, err)
-		}
-	}
-	return nil
 }
 
 // makeReplica makes the replica of a disk that this host has none of.

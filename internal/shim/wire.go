@@ -33,6 +33,12 @@ const (
 	kindSyncFlushed                   // secondary to primary: it is
 	kindHandOver                      // switchover: the secondary may claim
 	kindInput                         // inputHead, frames that the guest got and may have to get again
+	kindDiskWord                      // either way: diskWord
+	kindDiskMarks                     // secondary to primary: marksHead, words of a bitmap
+	kindDiskSums                      // sumsHead, digests of chunks
+	kindDiskDiffer                    // secondary to primary: sumsHead, one byte per chunk, 1: differs
+	kindDurable                       // either way: by disk, the epoch up to which all is durable (u64 each)
+	kindWantDurable                   // either way: make durable what you have, and report
 )
 
 // Kinds of urgent messages: small, sent on every link, may come twice or out of order.
@@ -59,6 +65,7 @@ type hello struct {
 	QEMU    string       `json:"qemu"`
 	Branch  string       `json:"branch,omitempty"`
 	Spec    model.VMSpec `json:"spec"`
+	Disks   []diskHello  `json:"disks"` // the sender's copies, in the order of the specification
 }
 
 func (h hello) encode() []byte {

@@ -1,0 +1,377 @@
+package shim
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/zeebo/xxh3"
+
+	"perdure/internal/bitmap"
+	"perdure/internal/blockstore"
+	"perdure/internal/model"
+	"perdure/internal/peer"
+	"perdure/internal/replica"
+)
+
+// reportEvery is the distance in which each side tells the other what is durable
+// there: only then an extent may leave the activity log.
+const reportEvery = time.Second
+
+// sumChunks is how many chunks are compared by one message.
+const sumChunks = 256
+
+// sumsHead heads digests of chunks, and the answer to them.
+type sumsHead struct {
+	Disk  uint32
+	Count uint32
+	First int64 // chunk
+}
+
+func (pr *pair) sendKind(kind uint8, content ...[]byte) error {
+	return pr.sess.Send(pr.ctx, kind, content...)
+}
+
+// meet compares this host's copies with those of the standby, and begins to turn
+// them into targets.
+func (pr *pair) meet(h hello) error {
+	d := pr.p.disks
+	if _, err := d.all(replica.EvGrant{Kind: replica.GrantSource, Line: replica.Generation{Term: pr.term, Branch: d.line().Branch, Run: d.line().Run}}); err != nil {
+		return err
+	}
+	words, err := d.meet(h, h.NextRun)
+	if err != nil {
+		return err
+	}
+	return d.sendWords(words, pr.sendKind)
+}
+
+// awaitTarget waits until every copy of the standby may be written over.
+func (pr *pair) awaitTarget() error {
+	for {
+		copying, _, refused := pr.p.disks.state()
+		switch {
+		case refused != "":
+			return errors.New(refused)
+		case copying:
+			return nil
+		}
+		select {
+		case <-pr.p.disks.news:
+		case <-pr.sess.Lost():
+			return pr.sess.Cause()
+		case <-pr.ctx.Done():
+			return pr.ctx.Err()
+		}
+	}
+}
+
+// takeDisk handles what a standby says of its disks.
+func (pr *pair) takeDisk(m peer.Message) error {
+	switch m.Kind {
+	case kindDiskWord:
+		words, err := pr.p.disks.takeWord(m.Payload)
+		if err != nil {
+			return err
+		}
+		return pr.p.disks.sendWords(words, pr.sendKind)
+	case kindDiskMarks:
+		return pr.p.disks.takeMarks(m.Payload)
+	case kindDiskDiffer:
+		select {
+		case pr.differ <- m.Payload:
+		case <-pr.ctx.Done():
+		}
+	case kindDurable, kindWantDurable:
+		return pr.p.disks.takeReport(m, pr.goWork, pr.sendKind)
+	}
+	return nil
+}
+
+// copyDisks sends what the standby's disks lack: by the marks of both where they
+// tell it, else all that is not a hole.
+func (pr *pair) copyDisks() error {
+	var total, done int64
+	marks := make([]*bitmap.Bitmap, len(pr.p.inst.stores))
+	for n, st := range pr.p.inst.stores {
+		if pr.p.disks.wholesale(n) {
+			total += st.Size()
+			continue
+		}
+		marks[n] = st.Missing()
+		total += marks[n].Count() * blockstore.ChunkSize
+	}
+	if total > 0 {
+		m := pr.newMeter("disks", total)
+		for n, st := range pr.p.inst.stores {
+			var err error
+			if marks[n] == nil {
+				err = pr.copyWhole(n, m, done)
+				done += st.Size()
+			} else {
+				err = pr.copyMarked(n, marks[n], m, done)
+				done += marks[n].Count() * blockstore.ChunkSize
+			}
+			if err != nil {
+				return err
+			}
+			m.at(done)
+		}
+	}
+	for n, st := range pr.p.inst.stores {
+		pr.p.s.tl.add("disk-copied", 0, 0, "disk %s: %d bytes of %d sent to host %s (%s)", pr.p.s.cfg.Spec.Disks[n].ID,
+			pr.sentOf(n), st.Size(), pr.host, replica.FormatJudgement(pr.p.disks.judgement(n)))
+	}
+	return nil
+}
+
+// sentOf is how many bytes of a disk went over the link in this copy.
+func (pr *pair) sentOf(n int) int64 {
+	pr.mu.Lock()
+	defer pr.mu.Unlock()
+	return pr.copied[n]
+}
+
+// copyWhole sends all of a disk that is not a hole, into a replica that is one.
+func (pr *pair) copyWhole(n int, m *meter, done int64) error {
+	st := pr.p.inst.stores[n]
+	buf := make([]byte, maxPart)
+	for off := int64(0); ; {
+		start, got, err := st.NextData(off, buf)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := pr.sendChunk(diskChunk{Disk: uint32(n), Off: start, Len: uint32(got)}, buf[:got]); err != nil {
+			return err
+		}
+		off = start + int64(got)
+		m.at(done + off)
+	}
+}
+
+// copyMarked sends marked chunks; where the target may hold many of them already,
+// those that its digests show to differ.
+func (pr *pair) copyMarked(n int, marks *bitmap.Bitmap, m *meter, done int64) error {
+	compare, copied := pr.p.disks.compares(n), int64(0)
+	for at := int64(0); ; {
+		start, end, ok := marks.Next(at, sumChunks)
+		if !ok {
+			return nil
+		}
+		if err := pr.copyRun(n, start, end, compare); err != nil {
+			return err
+		}
+		at, copied = end, copied+end-start
+		m.at(done + copied*blockstore.ChunkSize)
+	}
+}
+
+func (pr *pair) copyRun(n int, start, end int64, compare bool) error {
+	st := pr.p.inst.stores[n]
+	bufs := make([][]byte, 0, end-start)
+	for c := start; c < end; c++ {
+		off := c * blockstore.ChunkSize
+		p := make([]byte, min(blockstore.ChunkSize, st.Size()-off))
+		if err := st.ReadAt(p, off); err != nil {
+			return err
+		}
+		bufs = append(bufs, p)
+	}
+	differs := bytes.Repeat([]byte{1}, len(bufs))
+	if compare {
+		var err error
+		if differs, err = pr.askDiffer(n, start, bufs); err != nil {
+			return err
+		}
+	}
+	for i, p := range bufs {
+		if differs[i] == 0 {
+			continue
+		}
+		c := diskChunk{Disk: uint32(n), Off: (start + int64(i)) * blockstore.ChunkSize, Len: uint32(len(p))}
+		if blockstore.IsZero(p) {
+			c.Zero, p = 1, nil
+		}
+		if err := pr.sendChunk(c, p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// askDiffer sends digests of chunks and returns which of them the target lacks.
+func (pr *pair) askDiffer(n int, first int64, chunks [][]byte) ([]byte, error) {
+	var sums []byte
+	for _, p := range chunks {
+		h := xxh3.Hash128(p).Bytes()
+		sums = append(sums, h[:]...)
+	}
+	h := sumsHead{Disk: uint32(n), Count: uint32(len(chunks)), First: first}
+	if err := pr.sendKind(kindDiskSums, pack(h), sums); err != nil {
+		return nil, err
+	}
+	select {
+	case p := <-pr.differ:
+		var got sumsHead
+		head := binary.Size(got)
+		if len(p) != head+len(chunks) || unpack(p[:head], &got) != nil || got != h {
+			return nil, fmt.Errorf("answer to the digests of %d chunks from %d of disk %d: %d bytes, for %+v", len(chunks), first, n, len(p), got)
+		}
+		return p[head:], nil
+	case <-pr.sess.Lost():
+		return nil, pr.sess.Cause()
+	case <-pr.ctx.Done():
+		return nil, pr.ctx.Err()
+	}
+}
+
+// takeReport notes what the peer has made durable, or makes durable what it waits for.
+func (d *disks) takeReport(m peer.Message, work func(func()), send func(kind uint8, content ...[]byte) error) error {
+	if m.Kind == kindDurable {
+		if len(m.Payload) != 8*len(d.list) {
+			return fmt.Errorf("report of what is durable: %d bytes for %d disks", len(m.Payload), len(d.list))
+		}
+		for n, st := range d.inst.stores {
+			st.PeerDurable(model.Epoch(binary.LittleEndian.Uint64(m.Payload[8*n:])))
+		}
+		return nil
+	}
+	work(func() {
+		for _, st := range d.inst.stores {
+			if err := st.Flush(); err != nil {
+				return // the replica is given up; whoever writes next is told
+			}
+		}
+		_ = d.report(send) // a lost session needs no report
+	})
+	return nil
+}
+
+func (d *disks) report(send func(kind uint8, content ...[]byte) error) error {
+	var b []byte
+	for _, st := range d.inst.stores {
+		b = binary.LittleEndian.AppendUint64(b, uint64(st.DurableThrough()))
+	}
+	return send(kindDurable, b)
+}
+
+// reports tells the peer what is durable here, until done is closed or the
+// session is lost, and asks the peer to make durable what writes here wait for.
+func (d *disks) reports(done, lost <-chan struct{}, send func(kind uint8, content ...[]byte) error) {
+	if len(d.list) == 0 {
+		return
+	}
+	wanted := make(chan struct{}, 1)
+	stop := make(chan struct{})
+	defer close(stop)
+	for _, st := range d.inst.stores {
+		d.s.goWork(func() {
+			for {
+				select {
+				case <-st.PeerWanted():
+					select {
+					case wanted <- struct{}{}:
+					default:
+					}
+				case <-stop:
+					return
+				}
+			}
+		})
+	}
+	t := time.NewTicker(reportEvery)
+	defer t.Stop()
+	for {
+		var err error
+		select {
+		case <-t.C:
+			err = d.report(send)
+		case <-wanted:
+			err = send(kindWantDurable)
+		case <-lost:
+			return
+		case <-done:
+			return
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// meet compares the standby's copies with the primary's.
+func (st *standby) meet(h hello) error {
+	d := st.disks
+	if _, err := d.all(replica.EvGrant{Kind: replica.GrantTarget, Line: replica.Generation{Term: h.Term}}); err != nil {
+		return err
+	}
+	_, err := d.meet(h, "")
+	return err
+}
+
+// takeDiskMessage handles what the primary says of its disks.
+func (st *standby) takeDiskMessage(m peer.Message) error {
+	switch m.Kind {
+	case kindDiskWord:
+		words, err := st.disks.takeWord(m.Payload)
+		if err != nil {
+			return err
+		}
+		return st.disks.sendWords(words, st.sendKind)
+	case kindDiskSums:
+		return st.takeSums(m.Payload)
+	}
+	return st.disks.takeReport(m, st.goWork, st.sendKind)
+}
+
+func (st *standby) sendKind(kind uint8, content ...[]byte) error {
+	return st.sess.Send(st.ctx, kind, content...)
+}
+
+// takeSums tells which chunks differ from what the primary has.
+func (st *standby) takeSums(p []byte) error {
+	var h sumsHead
+	head := binary.Size(h)
+	if len(p) < head {
+		return fmt.Errorf("digests of a disk: %d bytes, at least %d wanted", len(p), head)
+	}
+	if err := unpack(p[:head], &h); err != nil {
+		return err
+	}
+	sums := p[head:]
+	if int(h.Disk) >= len(st.inst.stores) || h.Count > sumChunks || len(sums) != 16*int(h.Count) {
+		return fmt.Errorf("digests of %d chunks of disk %d: %d bytes", h.Count, h.Disk, len(sums))
+	}
+	differs := make([]byte, 0, h.Count)
+	err := st.inst.stores[h.Disk].Digest(h.First, h.First+int64(h.Count), func(d blockstore.ChunkDigest) error {
+		i := len(differs)
+		same := bytes.Equal(d.Sum[:], sums[16*i:16*i+16]) && d.Trust != blockstore.Broken && d.Trust != blockstore.Unreadable
+		differs = append(differs, byte(boolByte(!same)))
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("compare disk %d: %w", h.Disk, err)
+	}
+	return st.sendKind(kindDiskDiffer, pack(h), differs)
+}
+
+// disksWhole makes the copies good for use, durably, as of an epoch that is in
+// the journals, and says so to the primary's machines.
+func (st *standby) disksWhole(e model.Epoch) error {
+	words, err := st.disks.all(replica.EvBoundary{})
+	if err != nil {
+		return err
+	}
+	if len(words) != len(st.disks.list) {
+		return errors.New("the copy ended before every disk was announced to be whole")
+	}
+	st.disks.attach(e)
+	st.goWork(func() { st.disks.reports(st.ctx.Done(), st.sess.Lost(), st.sendKind) })
+	return st.disks.sendWords(words, st.sendKind)
+}
