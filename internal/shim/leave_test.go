@@ -66,6 +66,7 @@ func newLeaveRig(t *testing.T) *leaveRig {
 	s.gate.setRule(ruleAcked)
 	i := &instance{log: log, serial: port, vols: []*blockstore.Volume{r.vol}, stores: []*blockstore.Store{r.vol.Store()}}
 	r.p = &primary{s: s, inst: i, wake: make(chan struct{}, 1), held: true, ctx: ctx, cancel: cancel}
+	r.p.disks = newDisks(s, i)
 	r.pr = newPair(r.p, "b", leaveTerm)
 	r.pr.peerRun = leavePeer
 	r.pr.books = epoch.NewPrimary(epoch.Pair{Term: leaveTerm, Primary: s.mode.Run, Secondary: leavePeer}, 1)
