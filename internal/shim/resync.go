@@ -8,8 +8,6 @@ import (
 	"io"
 	"time"
 
-	"github.com/zeebo/xxh3"
-
 	"perdure/internal/bitmap"
 	"perdure/internal/blockstore"
 	"perdure/internal/model"
@@ -173,28 +171,25 @@ func (pr *pair) copyMarked(n int, marks *bitmap.Bitmap, m *meter, done int64) er
 }
 
 func (pr *pair) copyRun(n int, start, end int64, compare bool) error {
+	differs := bytes.Repeat([]byte{1}, int(end-start))
+	if compare {
+		var err error
+		if differs, err = pr.askDiffer(n, start, end); err != nil {
+			return err
+		}
+	}
 	st := pr.p.inst.stores[n]
-	bufs := make([][]byte, 0, end-start)
-	for c := start; c < end; c++ {
-		off := c * blockstore.ChunkSize
-		p := make([]byte, min(blockstore.ChunkSize, st.Size()-off))
+	buf := make([]byte, blockstore.ChunkSize)
+	for i, d := range differs {
+		if d == 0 {
+			continue
+		}
+		off := (start + int64(i)) * blockstore.ChunkSize
+		p := buf[:min(blockstore.ChunkSize, st.Size()-off)]
 		if err := st.ReadAt(p, off); err != nil {
 			return err
 		}
-		bufs = append(bufs, p)
-	}
-	differs := bytes.Repeat([]byte{1}, len(bufs))
-	if compare {
-		var err error
-		if differs, err = pr.askDiffer(n, start, bufs); err != nil {
-			return err
-		}
-	}
-	for i, p := range bufs {
-		if differs[i] == 0 {
-			continue
-		}
-		c := diskChunk{Disk: uint32(n), Off: (start + int64(i)) * blockstore.ChunkSize, Len: uint32(len(p))}
+		c := diskChunk{Disk: uint32(n), Off: off, Len: uint32(len(p))}
 		if blockstore.IsZero(p) {
 			c.Zero, p = 1, nil
 		}
@@ -205,14 +200,19 @@ func (pr *pair) copyRun(n int, start, end int64, compare bool) error {
 	return nil
 }
 
-// askDiffer sends digests of chunks and returns which of them the target lacks.
-func (pr *pair) askDiffer(n int, first int64, chunks [][]byte) ([]byte, error) {
+// askDiffer sends digests of chunks start … end-1 and returns which of them the
+// target lacks. What the guest writes meanwhile is tracked and sent once more.
+func (pr *pair) askDiffer(n int, start, end int64) ([]byte, error) {
 	var sums []byte
-	for _, p := range chunks {
-		h := xxh3.Hash128(p).Bytes()
-		sums = append(sums, h[:]...)
+	err := pr.p.inst.stores[n].Digest(start, end, func(d blockstore.ChunkDigest) error {
+		sums = append(sums, d.Sum[:]...)
+		return nil
+	})
+	if err != nil {
+		return nil, err
 	}
-	h := sumsHead{Disk: uint32(n), Count: uint32(len(chunks)), First: first}
+	count := int(end - start)
+	h := sumsHead{Disk: uint32(n), Count: uint32(count), First: start}
 	if err := pr.sendKind(kindDiskSums, pack(h), sums); err != nil {
 		return nil, err
 	}
@@ -220,8 +220,8 @@ func (pr *pair) askDiffer(n int, first int64, chunks [][]byte) ([]byte, error) {
 	case p := <-pr.differ:
 		var got sumsHead
 		head := binary.Size(got)
-		if len(p) != head+len(chunks) || unpack(p[:head], &got) != nil || got != h {
-			return nil, fmt.Errorf("answer to the digests of %d chunks from %d of disk %d: %d bytes, for %+v", len(chunks), first, n, len(p), got)
+		if len(p) != head+count || unpack(p[:head], &got) != nil || got != h {
+			return nil, fmt.Errorf("answer to the digests of %d chunks from %d of disk %d: %d bytes, for %+v", count, start, n, len(p), got)
 		}
 		return p[head:], nil
 	case <-pr.sess.Lost():
