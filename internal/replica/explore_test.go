@@ -196,7 +196,7 @@ func exploration(t testing.TB, name string, mut mutants) *world {
 }
 
 func TestExplore(t *testing.T) {
-	const limit = 16000
+	const limit = 8000
 	states, rows, phases := 0, map[string]bool{}, map[Phase]bool{}
 	for name, e := range explorations {
 		r := explore(exploration(t, name, mutants{}), limit)

@@ -257,6 +257,9 @@ func (m *Machine) Judgement() Judgement { return m.judge }
 // PeerHasData reports whether the peer's copy ever held data of a known line.
 func (m *Machine) PeerHasData() bool { return !m.hello.Copy.Current.IsZero() }
 
+// PeerClean reports whether the peer's copy was closed properly by its last user.
+func (m *Machine) PeerClean() bool { return m.hello.Copy.Clean }
+
 // Step handles one event and returns what the driver must do, in this order. An
 // event that does not fit where the machine stands changes nothing: a message
 // may be overtaken by a loss, a grant by the next one.

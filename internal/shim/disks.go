@@ -32,6 +32,7 @@ type disk struct {
 	theirs  *bitmap.Bitmap // the target's marks, as they come in
 	copying bool
 	whole   bool
+	unclean bool // a crash left this copy; its activity log names whole extents
 	rest    bool // the rest of the copy is to be sent with the next epoch
 	refused string
 }
@@ -61,8 +62,11 @@ func newDisks(s *Shim, inst *instance) *disks {
 	d := &disks{s: s, inst: inst, list: make([]disk, len(inst.stores)), news: make(chan struct{}, 1)}
 	for n, st := range inst.stores {
 		d.list[n].store = st
+		c := copyOf(st.Meta())
+		c.Clean = n < len(inst.clean) && inst.clean[n] // as it was found; replaying the journal ended that
+		d.list[n].unclean = !c.Clean
 		d.list[n].m = replica.New()
-		d.list[n].m.Step(replica.EvOpen{Copy: copyOf(st.Meta())})
+		d.list[n].m.Step(replica.EvOpen{Copy: c})
 	}
 	return d
 }
@@ -271,12 +275,16 @@ func (d *disks) wholesale(n int) bool {
 }
 
 // compares reports whether digests are compared first: the target may hold much
-// of the data already.
+// of the data already. That is so after a crash of either, because an activity log
+// names extents of 4 MiB, of which most are equal.
 func (d *disks) compares(n int) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	j := d.list[n].m.Judgement()
-	return j.Resume || !j.ByBitmap && d.list[n].m.PeerHasData()
+	if j.ByBitmap {
+		return j.Resume || d.list[n].unclean || !d.list[n].m.PeerClean()
+	}
+	return d.list[n].m.PeerHasData()
 }
 
 // sendWords passes words on, marks first where a word needs them.

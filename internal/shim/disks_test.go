@@ -40,6 +40,7 @@ func (h *diskHost) open(term model.Term, run model.RunID) {
 	if err != nil {
 		h.t.Fatal(err)
 	}
+	clean := st.Meta().Clean
 	if _, err := st.Replay(); err != nil {
 		h.t.Fatal(err)
 	}
@@ -48,7 +49,7 @@ func (h *diskHost) open(term model.Term, run model.RunID) {
 	h.s.cfg.Host, h.s.cfg.Spec.UUID = h.name, "vm"
 	h.s.mode.Term, h.s.mode.Run = term, run
 	h.st = st
-	h.d = newDisks(h.s, &instance{log: log, stores: []*blockstore.Store{st}})
+	h.d = newDisks(h.s, &instance{log: log, stores: []*blockstore.Store{st}, clean: []bool{clean}})
 }
 
 func (h *diskHost) must(err error) {
@@ -107,15 +108,20 @@ func fillFrom(src, dst *diskHost, first model.Epoch, during func()) int64 {
 		during()
 	}
 	marks, copied := src.st.Missing(), int64(0)
-	buf := make([]byte, blockstore.ChunkSize)
+	buf, old := make([]byte, blockstore.ChunkSize), make([]byte, blockstore.ChunkSize)
 	for at := int64(0); ; {
 		c, _, ok := marks.Next(at, 1)
 		if !ok {
 			break
 		}
+		at = c + 1
 		src.must(src.st.ReadAt(buf, c*blockstore.ChunkSize))
+		dst.must(dst.st.ReadAt(old, c*blockstore.ChunkSize))
+		if src.d.compares(0) && bytes.Equal(buf, old) {
+			continue // digests tell
+		}
 		dst.must(dst.st.WriteAt(buf, c*blockstore.ChunkSize))
-		at, copied = c+1, copied+1
+		copied++
 	}
 	src.d.attach(first)
 	_, err = src.d.all(replica.EvCaughtUp{})
@@ -195,7 +201,7 @@ func TestDisksOutage(t *testing.T) {
 	both(31, 42<<20, 31, a)
 	n = 0
 	mem := a.mem.Crash(func() bool { n++; return n%2 == 0 }) // some of what was not synced survives
-	_ = a.st.Close() // of a host without power
+	_ = a.st.Close()                                         // of a host without power
 	a.mem = mem
 	b.must(b.d.lost())
 	b.s.mode.Term = 7
@@ -204,7 +210,7 @@ func TestDisksOutage(t *testing.T) {
 	want := b.image()
 	a.open(8, "ac")
 	b.s.mode.Term = 8
-	if n := fillFrom(b, a, 40, nil); n > 4*blockstore.ExtentSize/blockstore.ChunkSize {
+	if n := fillFrom(b, a, 40, nil); n > 8 {
 		t.Errorf("%d chunks were copied back", n)
 	}
 	if !bytes.Equal(a.image(), want) {

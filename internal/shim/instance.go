@@ -43,6 +43,7 @@ type instance struct {
 	nics     []*netbuf.Diverter
 	outlets  []*hostnet.Tap // by NIC, where ft: the way out of released frames
 	stores   []*blockstore.Store
+	clean    []bool // by disk: its last user had closed it properly
 	vols     []*blockstore.Volume
 	taps     []string
 	undo     []func()
@@ -165,6 +166,7 @@ func (i *instance) openDisks(incoming bool) error {
 		}
 		i.onClose(func() { st.Close() })
 		i.stores = append(i.stores, st)
+		i.clean = append(i.clean, st.Meta().Clean)
 		n, err := st.Replay()
 		if err != nil {
 			return fmt.Errorf("replay journal of disk %s: %w", d.ID, err)
