@@ -65,11 +65,11 @@ func (r *CreateVM) Validate() error {
 		}
 	}
 	switch r.Level {
-	case model.LevelNone, model.LevelFT:
-	case model.LevelHA, model.LevelCA:
-		return Errorf(Invalid, "level %q is not available in this release; allowed are none and ft", r.Level)
+	case model.LevelNone, model.LevelCA, model.LevelFT:
+	case model.LevelHA:
+		return Errorf(Invalid, "level %q is not available in this release; allowed are none, ca and ft", r.Level)
 	default:
-		return Errorf(Invalid, "level %q is not known; allowed are none and ft", r.Level)
+		return Errorf(Invalid, "level %q is not known; allowed are none, ca and ft", r.Level)
 	}
 	if r.VCPUs < 1 || r.VCPUs > MaxVCPUs {
 		return Errorf(Invalid, "vcpus %d is out of range; allowed are 1 to %d", r.VCPUs, MaxVCPUs)

@@ -161,9 +161,8 @@ func refusedCreates(dir, mac string) []refusal {
 	return []refusal{
 		{"unknown host", []string{"new", "--host", "nowhere"}, 3, []string{`no host "nowhere"`}},
 		{"the witness as host", []string{"new", "--host", "w"}, 4, []string{"w is a witness", "runs no VMs"}},
-		{"unknown level", []string{"new", "--level", "gold"}, 2, []string{`level "gold"`, "allowed are none and ft"}},
-		{"reserved level ha", []string{"new", "--level", "ha"}, 2, []string{`level "ha"`, "not available in this release", "none and ft"}},
-		{"reserved level ca", []string{"new", "--level", "ca"}, 2, []string{`level "ca"`, "not available in this release", "none and ft"}},
+		{"unknown level", []string{"new", "--level", "gold"}, 2, []string{`level "gold"`, "allowed are none, ca and ft"}},
+		{"reserved level ha", []string{"new", "--level", "ha"}, 2, []string{`level "ha"`, "not available in this release", "none, ca and ft"}},
 		{"no memory", []string{"new", "--memory", "0"}, 2, []string{"memory", `"0"`, "above 0"}},
 		{"too little memory", []string{"new", "--memory", "3M"}, 2, []string{"memory 3MiB", "16MiB to 4TiB"}},
 		{"odd memory", []string{"new", "--memory", "257M"}, 2, []string{"memory 257MiB", "multiple of 2MiB"}},

@@ -68,7 +68,7 @@ func (w *worker) protect(ctx context.Context, v clusterstore.VMView) {
 		return
 	}
 	p.duplex = time.Time{}
-	if rec.Level != model.LevelFT || rec.Wanted == model.WantStopped || v.Unprotected {
+	if !rec.Level.HasSecondary() || rec.Wanted == model.WantStopped || v.Unprotected {
 		p.pending, p.failed = false, false
 		w.problem("unprotected", "", "", "")
 		return
@@ -190,7 +190,7 @@ func (a *Agent) candidates(v clusterstore.VMView) (hosts, why []string) {
 			own = h
 		}
 	}
-	if reason := untracked(own.HostInfo); reason != "" {
+	if reason := untracked(own.HostInfo); reason != "" && v.Spec.Level == model.LevelFT {
 		return nil, []string{fmt.Sprintf("host %s %s", own.Name, reason)}
 	}
 	for _, h := range a.store.Hosts() {
@@ -231,7 +231,7 @@ func (a *Agent) unfit(v clusterstore.VMView, own, h clusterstore.HostView) strin
 		return fmt.Sprintf("has accelerator %s, the VM needs kvm", h.Accel)
 	case own.QEMU != "" && olderVersion(h.QEMU, own.QEMU):
 		return fmt.Sprintf("has QEMU %s, older than %s of the primary's host", h.QEMU, own.QEMU)
-	case untracked(h.HostInfo) != "":
+	case v.Spec.Level == model.LevelFT && untracked(h.HostInfo) != "":
 		return untracked(h.HostInfo)
 	case h.MemoryFree > 0 && h.MemoryFree < v.Spec.Memory+ftOverhead:
 		return fmt.Sprintf("has %d MiB of memory free, the VM needs %d MiB", h.MemoryFree>>20, (v.Spec.Memory+ftOverhead)>>20)

@@ -242,8 +242,8 @@ func (a *Agent) ProtectVM(ctx context.Context, name string, req api.ProtectVM) e
 	if err != nil {
 		return err
 	}
-	if v.Spec.Level != model.LevelFT {
-		return api.Errorf(api.Refused, "VM %q is of level %s; only level ft has a second copy", name, v.Spec.Level)
+	if !v.Spec.Level.HasSecondary() {
+		return api.Errorf(api.Refused, "VM %q is of level %s; only levels ca and ft have a second copy", name, v.Spec.Level)
 	}
 	if req.Host != "" {
 		if err := a.checkHost(req.Host); err != nil {

@@ -226,7 +226,7 @@ func (a *Agent) vmProblems(v clusterstore.VMView, state model.RunState) []model.
 		out = append(out, model.Problem{Code: "no-quorum", Severity: model.Critical,
 			Text: "the cluster has no majority of voters: what is shown of the record may be old, and no change can be decided", Action: "bring back enough hosts or the witness"})
 	}
-	if v.Unprotected && v.Spec.Level == model.LevelFT && rec.Mode == model.ModeSimplex {
+	if v.Unprotected && v.Spec.Level.HasSecondary() && rec.Mode == model.ModeSimplex {
 		out = append(out, model.Problem{Code: "protection-off", Severity: model.Warning,
 			Text: "the second copy was given up by a person", Action: "perdure vm protect " + v.Spec.Name})
 	}

@@ -269,7 +269,7 @@ func (a *app) printStatus(r statusReport) {
 		if vm.State == model.StateRunning {
 			running++
 		}
-		if vm.Level == model.LevelFT && vm.Mode != model.ModeStopped {
+		if vm.Level.HasSecondary() && vm.Mode != model.ModeStopped {
 			ft++
 			if vm.Mode == model.ModeDuplex && vm.State == model.StateRunning {
 				protected++

@@ -33,7 +33,7 @@ func modeCell(vm *api.VM) cell {
 		return cell{string(vm.Mode), good}
 	case vm.Mode == model.ModeSyncing:
 		return cell{string(vm.Mode), warn}
-	case vm.Mode == model.ModeSimplex && vm.Level == model.LevelFT:
+	case vm.Mode == model.ModeSimplex && vm.Level.HasSecondary():
 		return cell{string(vm.Mode), warn}
 	}
 	return cell{string(vm.Mode), plain}

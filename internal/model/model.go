@@ -29,13 +29,17 @@ type BranchID string
 // Level is the protection level of a VM.
 type Level string
 
-// The levels; LevelHA and LevelCA are reserved for later releases.
+// The levels; LevelHA is reserved for a later release.
 const (
-	LevelNone Level = "none"
+	LevelNone Level = "none" // one copy
 	LevelHA   Level = "ha"
-	LevelCA   Level = "ca"
-	LevelFT   Level = "ft"
+	LevelCA   Level = "ca" // disks mirrored; a takeover boots the guest on a QEMU that stands by
+	LevelFT   Level = "ft" // memory too; a takeover goes on where the guest was
 )
+
+// HasSecondary reports whether a VM of this level shall have a second copy on
+// another host.
+func (l Level) HasSecondary() bool { return l == LevelCA || l == LevelFT }
 
 // Mode says how a VM runs now, as written in its record.
 type Mode string

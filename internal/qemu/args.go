@@ -250,7 +250,12 @@ func (a *argList) memory(m Machine) {
 	a.add("-m", fmt.Sprintf("size=%dk", m.Memory>>10))
 	size := "size=" + strconv.FormatInt(m.Memory, 10)
 	if m.MemPath == "" {
-		a.opts("-object", "memory-backend-ram", "id="+RAMBlockID, size)
+		opts := []string{"memory-backend-ram", "id=" + RAMBlockID, size}
+		if m.Locked {
+			a.add("-overcommit", "mem-lock=on")
+			opts = append(opts, "prealloc=on")
+		}
+		a.opts("-object", opts...)
 		return
 	}
 	if m.Private {

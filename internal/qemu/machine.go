@@ -53,6 +53,10 @@ type Machine struct {
 	// and locked at the start. Empty means anonymous memory.
 	MemPath string
 
+	// Locked allocates and locks anonymous memory at the start, so that a guest
+	// that waits for its boot cannot lack it then.
+	Locked bool
+
 	// Private maps MemPath copy-on-write instead: a scratch QEMU that tries a
 	// state without touching what the file holds.
 	Private bool
@@ -124,7 +128,7 @@ func ParseVersion(s string) Version {
 func FromSpec(s model.VMSpec) Machine {
 	m := Machine{
 		Name: s.Name, UUID: s.UUID, Type: s.Machine, Accel: s.Accel, CPU: s.CPU,
-		VCPUs: s.VCPUs, Memory: s.Memory, FT: s.Level == model.LevelFT, TSCHz: s.TSCHz, Append: s.Append,
+		VCPUs: s.VCPUs, Memory: s.Memory, FT: s.Level == model.LevelFT, Locked: s.Level == model.LevelCA, TSCHz: s.TSCHz, Append: s.Append,
 		ModernVirtio: s.Virtio == model.VirtioModern,
 	}
 	for i, d := range s.Disks {

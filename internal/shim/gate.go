@@ -52,6 +52,7 @@ type gatekeeper struct {
 	rule     outputRule
 	right    time.Duration // ruleAcked: until when, CLOCK_BOOTTIME
 	openTill time.Duration // what the kernel was told last
+	promised time.Duration // nothing is let out before, CLOCK_BOOTTIME; see promise
 	fault    error         // last failure to tell the kernel
 }
 
@@ -86,6 +87,27 @@ func (k *gatekeeper) confirm(sentAt time.Duration) {
 	k.tick()
 }
 
+// promiseSpan is for how long a secondary of level ca lets nothing out after it
+// confirmed a primary's right, which runs from when the question was sent and so
+// ends before. The kernel closes that gate by its own clock, in steps of some
+// milliseconds; the clocks of two hosts do not drift apart by as much as one in this time.
+const promiseSpan = gateSpan + gateSlack + 30*time.Millisecond
+
+// promise keeps everything in until promiseSpan from now, whatever rule comes to
+// be in force. It is called before the answer that promises this is sent.
+func (k *gatekeeper) promise() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.promised = max(k.promised, k.now()+promiseSpan)
+}
+
+// promisedUntil is when the last promise runs out.
+func (k *gatekeeper) promisedUntil() time.Duration {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.promised
+}
+
 // tick renews the gate as far as the right reaches, unless output is being
 // written just now.
 func (k *gatekeeper) tick() {
@@ -99,6 +121,9 @@ func (k *gatekeeper) tick() {
 }
 
 func (k *gatekeeper) until() time.Duration {
+	if k.now() < k.promised {
+		return 0
+	}
 	switch k.rule {
 	case ruleFree:
 		return k.now() + gateSpan
@@ -136,7 +161,7 @@ func (k *gatekeeper) whileOpen(send func() error) (bool, error) {
 	defer k.sending.Unlock()
 	k.mu.Lock()
 	k.renewLocked()
-	open := k.rule != ruleNone && (len(k.taps) == 0 || k.openTill-k.now() >= gateSpan/10)
+	open := k.rule != ruleNone && k.now() >= k.promised && (len(k.taps) == 0 || k.openTill-k.now() >= gateSpan/10)
 	k.mu.Unlock()
 	if !open {
 		return false, nil
@@ -148,7 +173,7 @@ func (k *gatekeeper) whileOpen(send func() error) (bool, error) {
 func (k *gatekeeper) hasRight() bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.rule == ruleFree || k.rule == ruleAcked && k.right > k.now()
+	return k.now() >= k.promised && (k.rule == ruleFree || k.rule == ruleAcked && k.right > k.now())
 }
 
 // lastFault returns why the kernel could not be told, if so.

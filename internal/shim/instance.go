@@ -15,6 +15,7 @@ import (
 	"perdure/internal/chardev"
 	"perdure/internal/guestmem"
 	"perdure/internal/hostnet"
+	"perdure/internal/mirror"
 	"perdure/internal/model"
 	"perdure/internal/nbd"
 	"perdure/internal/netbuf"
@@ -41,10 +42,11 @@ type instance struct {
 	// guest agent, and for writing while the shim itself talks to it.
 	agentUse sync.RWMutex
 	nics     []*netbuf.Diverter
-	outlets  []*hostnet.Tap // by NIC, where ft: the way out of released frames
+	outlets  []*hostnet.Tap // by NIC, where paired: the way out of released frames and announcements
 	stores   []*blockstore.Store
 	clean    []bool // by disk: its last user had closed it properly
 	vols     []*blockstore.Volume
+	mirror   *mirror.Source // level ca: the disks as the guest sees them
 	taps     []string
 	undo     []func()
 	bound    chan struct{} // held output crossed its bound
@@ -77,8 +79,9 @@ func tapNames(spec model.VMSpec) []string {
 	return out
 }
 
-// build makes everything and starts QEMU, paused. With incoming it waits for a
-// state. On failure nothing is left behind.
+// build makes everything and starts QEMU, paused. With incoming it is a
+// standby, and waits for a state where there will be one. On failure nothing is
+// left behind.
 func build(ctx context.Context, cfg shimapi.Config, incoming bool, lock *os.File, helper []string, log *slog.Logger) (inst *instance, err error) {
 	i := &instance{cfg: cfg, log: log, ft: cfg.Spec.Level == model.LevelFT, bound: make(chan struct{}, 1)}
 	defer func() {
@@ -119,7 +122,7 @@ func (i *instance) makeTaps() error {
 		}
 		i.onClose(func() { hostnet.DeleteTap(tap) })
 		i.taps = append(i.taps, tap)
-		if !i.ft {
+		if !i.paired() {
 			continue
 		}
 		out, err := hostnet.OpenTap(tap)
@@ -176,6 +179,7 @@ func (i *instance) openDisks(incoming bool) error {
 		i.vols = append(i.vols, v)
 		exports[d.ID] = v
 	}
+	i.mirrorDisks(exports)
 	ln, err := listenUnix(i.nbdPath())
 	if err != nil {
 		return err
@@ -189,6 +193,9 @@ func (i *instance) openDisks(incoming bool) error {
 		}
 	}()
 	i.onClose(func() { cancel(); ln.Close(); <-done })
+	if i.mirror != nil {
+		i.onClose(i.mirror.Close) // what waits for the peer is not waited for
+	}
 	return nil
 }
 
@@ -246,7 +253,7 @@ func (i *instance) signalBound() {
 // machine describes the QEMU process of this host.
 func (i *instance) machine(incoming bool) qemu.Machine {
 	m := qemu.FromSpec(i.cfg.Spec)
-	m.Incoming = incoming
+	m.Incoming = incoming && i.ft // below, what waits boots
 	m.Sandbox, m.QEMU = i.cfg.Sandbox, qemu.ParseVersion(i.cfg.QEMUVersion)
 	m.QMPPath = filepath.Join(i.cfg.Dir, "qmp.sock")
 	m.SerialPath = filepath.Join(i.cfg.Dir, "serial.sock")
@@ -265,7 +272,7 @@ func (i *instance) machine(incoming bool) qemu.Machine {
 		m.Disks[n].Socket, m.Disks[n].Export = i.nbdPath(), m.Disks[n].ID
 	}
 	for n := range m.NICs {
-		if m.NICs[n].Tap = i.taps[n]; i.ft {
+		if m.NICs[n].Tap = i.taps[n]; i.paired() {
 			m.NICs[n].FD = qemu.FirstFile + n
 		}
 	}

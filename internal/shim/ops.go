@@ -22,8 +22,8 @@ var errNotRunning = errors.New("this host does not run the VM")
 func (s *Shim) do(ctx context.Context, op shimapi.Op) (string, error) {
 	switch op.Op {
 	case "protect":
-		if s.cfg.Spec.Level != model.LevelFT {
-			return "", fmt.Errorf("the VM has level %q; only level %q has a secondary", s.cfg.Spec.Level, model.LevelFT)
+		if !s.cfg.Spec.Level.HasSecondary() {
+			return "", fmt.Errorf("the VM has level %q; only levels %q and %q have a secondary", s.cfg.Spec.Level, model.LevelCA, model.LevelFT)
 		}
 		if err := s.protectable(ctx); err != nil {
 			return "", err
@@ -42,8 +42,8 @@ func (s *Shim) do(ctx context.Context, op shimapi.Op) (string, error) {
 		return "", s.ask(ctx, authority.EvForce{Branch: model.BranchID(newRun()), Run: s.run()})
 	case "trial":
 		st := s.standby()
-		if st == nil {
-			return "", errors.New("this shim does not stand by")
+		if st == nil || st.target != nil {
+			return "", errors.New("this shim holds no memory of the guest")
 		}
 		try := st.try
 		if op.Value == "next" {
@@ -90,6 +90,9 @@ func (s *Shim) protectable(ctx context.Context) error {
 	p := s.primary()
 	if p == nil {
 		return errNotRunning
+	}
+	if !p.inst.ft {
+		return nil
 	}
 	reasons, err := p.inst.qmp.Protectable(ctx)
 	if err != nil {

@@ -92,6 +92,9 @@ func (pr *pair) adopt(sess *peer.Session, h hello) {
 	pr.mu.Unlock()
 	pr.goWork(pr.watchLost)
 	pr.goWork(pr.receive)
+	if pr.p.inst.mirror != nil {
+		return
+	}
 	pr.goWork(pr.sender)
 	pr.goWork(pr.committer)
 }
@@ -172,11 +175,15 @@ func (pr *pair) receive() {
 			default:
 			}
 		}
-		if err := pr.takeDisk(m); err != nil && pr.ctx.Err() == nil {
-			pr.p.s.log.Error("disks of the pair", "error", err)
-			pr.markLost()
-			pr.p.s.post(authority.EvUnprotect{Reason: err.Error()})
+		if err := pr.takeDisk(m); err != nil {
+			pr.unsound(err)
 			return
+		}
+		if m.Kind == kindMirrored {
+			if err := pr.p.inst.mirror.Done(m.Payload); err != nil {
+				pr.unsound(err)
+				return
+			}
 		}
 		if m.Kind != kindSynced {
 			continue
@@ -293,6 +300,9 @@ func (pr *pair) beat() {
 	var oldest time.Duration
 	for _, c := range pr.flights {
 		oldest = max(oldest, time.Since(c.done))
+	}
+	if m := pr.p.inst.mirror; m != nil {
+		oldest = m.Oldest()
 	}
 	slow := pr.slow.Observe(bootNow(), oldest)
 	pr.mu.Unlock()

@@ -45,6 +45,7 @@ type primary struct {
 	// Owned by the runner.
 	pair        *pair // the pair being filled or held, nil while alone
 	held        bool  // output and writes are held per epoch
+	mirrored    bool  // level ca: writes wait for the secondary
 	standing    string
 	pacer       *epoch.Pacer
 	started     bool
@@ -142,7 +143,9 @@ func (p *primary) close() {
 	p.mu.Unlock()
 	p.work.Wait()
 	if pr != nil {
-		p.carryOver(pr)
+		if p.inst.mirror == nil {
+			p.carryOver(pr)
+		}
 		pr.close("the primary ends")
 	}
 	p.input.close()
@@ -457,11 +460,14 @@ func (p *primary) ruleChanged(r outputRule) {
 	if r == ruleAcked && pr != nil && pr.caughtUp() {
 		p.do(func() { p.enterHeld(pr) })
 	}
+	if r == ruleFree && p.inst.mirror != nil {
+		p.inst.mirror.Alone() // not by the runner: it may wait for a guest that waits for its disks
+	}
 	if r == ruleFree && pr != nil {
 		// Without a secondary that could take over: by the record, or by the
 		// survivor right before the record can say so.
 		p.do(func() {
-			if p.held {
+			if p.held || p.mirrored {
 				p.leavePair()
 			}
 		})
@@ -475,7 +481,11 @@ func (p *primary) ruleChanged(r outputRule) {
 // enterHeld begins to hold output and writes: the guest is stopped once, and
 // the first whole epoch is captured in that stop.
 func (p *primary) enterHeld(pr *pair) {
-	if p.held || p.pair != pr || pr.isLost() {
+	if p.held || p.mirrored || p.pair != pr || pr.isLost() {
+		return
+	}
+	if p.inst.mirror != nil {
+		p.joinMirror(pr)
 		return
 	}
 	// Nobody writes back memory behind the capture any more.
@@ -503,7 +513,12 @@ func (p *primary) enterHeld(pr *pair) {
 
 // alone leaves a pair behind after simplex was granted: everything held is
 // committed and released in order, then the guest goes on without holding.
-func (p *primary) alone() { p.do(p.leavePair) }
+func (p *primary) alone() {
+	if p.inst.mirror != nil {
+		p.inst.mirror.Alone()
+	}
+	p.do(p.leavePair)
+}
 
 // leavePair is alone in the runner.
 func (p *primary) leavePair() {
@@ -512,6 +527,11 @@ func (p *primary) leavePair() {
 	p.mu.Lock()
 	p.cur = nil
 	p.mu.Unlock()
+	if p.mirrored {
+		p.mirrored = false
+		p.inst.mirror.Alone()
+		p.s.tl.add("simplex", 0, 0, "the VM goes on without a secondary")
+	}
 	if pr != nil {
 		pr.leave()
 		if err := p.disks.lost(); err != nil && p.ctx.Err() == nil {

@@ -13,6 +13,7 @@ import (
 	"perdure/internal/epoch"
 	"perdure/internal/guestmem"
 	"perdure/internal/hostnet"
+	"perdure/internal/mirror"
 	"perdure/internal/model"
 	"perdure/internal/peer"
 	"perdure/internal/shimapi"
@@ -29,6 +30,7 @@ type standby struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 	ln     *peer.Listener
+	target *mirror.Target // level ca, once the primary has spoken
 	// tryCtx ends all trials: a takeover waits for none.
 	tryCtx   context.Context
 	endTries context.CancelFunc
@@ -118,6 +120,9 @@ func (st *standby) open() error {
 	s.inst, st.inst = inst, inst
 	st.disks = newDisks(s, inst)
 	s.mu.Unlock()
+	if inst.mirror != nil {
+		st.target = st.newTarget()
+	}
 	s.tl.add("standby", 0, time.Since(start), "standby waits on host %s", s.cfg.Host)
 	st.goWork(st.watchQEMU)
 
@@ -146,12 +151,16 @@ func (st *standby) open() error {
 
 // watchQEMU ends the standby when its QEMU or its memory goes.
 func (st *standby) watchQEMU() {
+	var noMemory <-chan struct{}
+	if st.inst.ram != nil {
+		noMemory = st.inst.ram.Failed()
+	}
 	select {
 	case <-st.inst.proc.Exited():
 		if st.ctx.Err() == nil {
 			st.s.post(authority.EvGuestEnded{Reason: "the standby's QEMU ended: " + st.inst.proc.LogTail(500)})
 		}
-	case <-st.inst.ram.Failed():
+	case <-noMemory:
 		if st.ctx.Err() == nil {
 			st.s.post(authority.EvGuestEnded{Reason: "the standby's memory is lost: " + st.inst.ram.Err().Error()})
 		}
@@ -189,7 +198,9 @@ func (st *standby) serve() error {
 	st.mu.Unlock()
 	st.s.tl.add("sync-started", 0, 0, "host %s fills this standby", h.Host)
 	st.s.post(authority.EvPeerUp{Host: h.Host, Run: h.Run, Term: h.Term, Mode: h.Mode})
-	st.goWork(st.applier)
+	if st.target == nil {
+		st.goWork(st.applier)
+	}
 	err = st.follow(sess)
 	st.drained.Do(func() { close(st.drain) })
 	if st.ctx.Err() == nil && !st.isTaken() {
@@ -260,7 +271,14 @@ func (st *standby) isTaken() bool {
 
 // take handles one ordered message.
 func (st *standby) take(m peer.Message) error {
+	if mirrorKind(m.Kind) != (st.target != nil) && m.Kind != kindSyncDisk && m.Kind != kindSyncFlush && m.Kind != kindHandOver {
+		return fmt.Errorf("message of kind %d, which has no place at level %s", m.Kind, st.s.cfg.Spec.Level)
+	}
 	switch m.Kind {
+	case kindMirror:
+		return st.target.Take(m.Payload)
+	case kindMirrorFull:
+		return st.mirrorFull(m.Payload)
 	case kindSyncPages:
 		return guestmem.DecodePages(m.Payload, st.inst.ram.Size(), st.inst.ram.Store)
 	case kindSyncDisk:
@@ -506,7 +524,9 @@ func (st *standby) becomeFull(c *whole) error {
 	st.full = true
 	sess := st.sess
 	st.mu.Unlock()
-	st.goWork(st.trials)
+	if st.target == nil {
+		st.goWork(st.trials)
+	}
 	st.s.post(authority.EvFilled{Run: st.next, Epoch: c.epoch})
 	b := beat{Term: uint64(st.pair.Term), Run: packRun(st.next), Epoch: uint64(c.epoch)}
 	if err := sess.Send(st.ctx, kindSynced, b.encode()); err != nil && !errors.Is(err, peer.ErrLost) {
@@ -546,6 +566,9 @@ func (st *standby) ack(sentAt int64, n model.Epoch) {
 		return
 	}
 	b := beat{Term: uint64(st.pair.Term), Run: packRun(st.next), SentAt: sentAt, Epoch: uint64(n)}
+	if st.target != nil {
+		st.s.gate.promise()
+	}
 	st.sess.Urgent(urgentAck, b.encode())
 }
 

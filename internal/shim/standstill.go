@@ -33,8 +33,8 @@ func (p *primary) powerOff() {
 			return
 		}
 		p.pass()
-		for _, v := range p.inst.vols {
-			if err := v.Flush(p.ctx); err != nil {
+		for _, d := range p.inst.exports() {
+			if err := d.Flush(p.ctx); err != nil {
 				p.s.log.Error("flush disk at power-off", "error", err)
 			}
 		}
@@ -127,6 +127,9 @@ func (p *primary) unpause() error {
 
 // switchover captures the final epoch; the authority hears when its output has left.
 func (p *primary) switchover() error {
+	if p.inst.mirror != nil {
+		return errors.New("level ca keeps no memory of the guest on the other host, so a planned move would cut its power: shut the guest down (perdure vm shutdown) and start the VM on the other host (perdure vm start --on HOST)")
+	}
 	if !p.held {
 		return errors.New("the VM has no secondary now")
 	}
@@ -171,7 +174,7 @@ func (p *primary) onEvent(ev qemu.Event) {
 	case "GUEST_PANICKED":
 		p.fault("guest-panic", "the guest's kernel panicked")
 	case "BLOCK_IO_ERROR":
-		if p.held && p.pair != nil && !p.pair.isLost() {
+		if (p.held || p.mirrored && p.s.isDuplex()) && p.pair != nil && !p.pair.isLost() {
 			// The other host's disk works, and there the request is made again.
 			p.guestEnded("disk of this host: " + string(ev.Data))
 			return

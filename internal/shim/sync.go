@@ -175,9 +175,11 @@ func (pr *pair) fillAll() error {
 	for _, v := range inst.vols {
 		v.StartTracking()
 	}
-	inst.ram.SetMode(guestmem.Collect)
-	if err := pr.copyMemory(); err != nil {
-		return fmt.Errorf("copy memory: %w", err)
+	if inst.ram != nil {
+		inst.ram.SetMode(guestmem.Collect)
+		if err := pr.copyMemory(); err != nil {
+			return fmt.Errorf("copy memory: %w", err)
+		}
 	}
 	if err := pr.awaitTarget(); err != nil {
 		return fmt.Errorf("compare disks: %w", err)
@@ -376,28 +378,40 @@ func (pr *pair) sendChunk(c diskChunk, data []byte) error {
 
 // round sends what changed since the last one, and tells how much that was.
 func (pr *pair) round() (pages int, disk int64, err error) {
-	inst := pr.p.inst
-	pr.p.ramMu.Lock()
-	defer pr.p.ramMu.Unlock()
-	if err := inst.ram.Flush(); err != nil {
-		return 0, 0, fmt.Errorf("collect memory: %w", err)
-	}
-	ps, err := inst.ram.Cut()
-	if err != nil {
-		return 0, 0, fmt.Errorf("collect memory: %w", err)
-	}
-	defer ps.Release()
-	if _, err := pr.enc.Encode(ps, pr.sendPages); err != nil {
+	if pages, err = pr.roundPages(); err != nil {
 		return 0, 0, err
 	}
-	for n := range inst.vols {
+	for n := range pr.p.inst.vols {
 		chunks := pr.dirtyChunks(n)
 		if err := pr.sendChunks(chunks); err != nil {
 			return 0, 0, err
 		}
 		disk += int64(len(chunks)) * blockstore.ChunkSize
 	}
-	return ps.Pages(), disk, nil
+	return pages, disk, nil
+}
+
+// roundPages sends the memory that changed since the last time, where memory is
+// kept on both hosts.
+func (pr *pair) roundPages() (int, error) {
+	inst := pr.p.inst
+	if inst.ram == nil {
+		return 0, nil
+	}
+	pr.p.ramMu.Lock()
+	defer pr.p.ramMu.Unlock()
+	if err := inst.ram.Flush(); err != nil {
+		return 0, fmt.Errorf("collect memory: %w", err)
+	}
+	ps, err := inst.ram.Cut()
+	if err != nil {
+		return 0, fmt.Errorf("collect memory: %w", err)
+	}
+	defer ps.Release()
+	if _, err := pr.enc.Encode(ps, pr.sendPages); err != nil {
+		return 0, err
+	}
+	return ps.Pages(), nil
 }
 
 // dirtyChunks takes the list of chunks that the guest wrote since the last call.
@@ -471,6 +485,9 @@ func machineDigest(spec model.VMSpec) string {
 	}
 	for _, d := range spec.Disks {
 		fmt.Fprintf(&b, "%s:%d|", d.ID, d.Size)
+	}
+	if spec.Level != model.LevelFT {
+		b.WriteString(string(spec.Level) + "|") // the two sides must speak of the same
 	}
 	for _, n := range spec.NICs {
 		fmt.Fprintf(&b, "%s:%s|", n.ID, n.MAC)

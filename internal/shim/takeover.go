@@ -74,6 +74,10 @@ func (s *Shim) startFailed(err error) {
 // takeOver makes the newest complete epoch the live instance. The authority
 // has stopped the acknowledgements and holds the right.
 func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
+	if st.target != nil {
+		s.takeOverMirror(st, a)
+		return
+	}
 	start := time.Now()
 	fail := func(err error) {
 		s.tl.add("takeover-failed", st.newestEpoch(), time.Since(start), "%v", err)

@@ -405,7 +405,7 @@ func (f *Fake) ResumeVM(_ context.Context, name string) error {
 // ProtectVM implements httpapi.Service.
 func (f *Fake) ProtectVM(_ context.Context, name string, req api.ProtectVM) error {
 	return f.change("ProtectVM", name, req, func(vm *api.VM) error {
-		if vm.Level != model.LevelFT {
+		if !vm.Level.HasSecondary() {
 			return api.Errorf(api.Refused, "VM %s has level %s, which has no second copy", name, vm.Level)
 		}
 		if err := running(vm, "protection"); err != nil {

@@ -1,0 +1,59 @@
+package mirror
+
+import "sync"
+
+// ranges lets requests whose bytes overlap run one after the other, in the order
+// in which they came. It is meant for some tens of requests at a time.
+type ranges struct {
+	mu   sync.Mutex
+	list []*held // in order of arrival, waiting and running
+}
+
+type held struct {
+	start, end int64
+	wake       chan struct{} // closed when the entry may run
+	waiting    bool
+}
+
+// lock waits until no earlier request overlaps start … end-1.
+func (r *ranges) lock(start, end int64) *held {
+	e := &held{start: start, end: end}
+	r.mu.Lock()
+	if e.waiting = r.blocked(e, len(r.list)); e.waiting {
+		e.wake = make(chan struct{})
+	}
+	r.list = append(r.list, e)
+	wait := e.wake
+	r.mu.Unlock()
+	if wait != nil {
+		<-wait
+	}
+	return e
+}
+
+// blocked reports whether one of the first n entries overlaps e. mu is held.
+func (r *ranges) blocked(e *held, n int) bool {
+	for _, x := range r.list[:n] {
+		if x.start < e.end && e.start < x.end {
+			return true
+		}
+	}
+	return false
+}
+
+// unlock lets those run that waited for e alone.
+func (r *ranges) unlock(e *held) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	at := 0
+	for r.list[at] != e {
+		at++
+	}
+	r.list = append(r.list[:at], r.list[at+1:]...)
+	for i := at; i < len(r.list); i++ {
+		if x := r.list[i]; x.waiting && !r.blocked(x, i) {
+			x.waiting = false
+			close(x.wake)
+		}
+	}
+}
