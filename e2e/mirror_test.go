@@ -25,8 +25,11 @@ func TestMirror(t *testing.T) {
 	for _, f := range []fault{
 		{"power off", off, on},
 		{"QEMU killed", func(w *World, v *VM, h string) { v.KillQEMU(h, syscall.SIGKILL) }, nil},
-		{"shim stopped", func(w *World, v *VM, h string) { v.KillShim(h, syscall.SIGSTOP) },
-			func(w *World, v *VM, h string) { v.KillShim(h, syscall.SIGCONT) }},
+		{"shim stopped for 3 s", func(w *World, v *VM, h string) {
+			v.KillShim(h, syscall.SIGSTOP)
+			w.Never(3*time.Second, "stop", func() error { return nil })
+			v.KillShim(h, syscall.SIGCONT)
+		}, nil},
 	} {
 		ok := t.Run("primary/"+f.name, func(t *testing.T) { mirrorTakeover(w.sub(t), v, f) })
 		if !ok {
@@ -82,11 +85,11 @@ func mirrorTakeover(w *World, v *VM, f fault) {
 	moves := v.watchMoves()
 	log := v.Log(0)
 	w.must(log.WaitAcked(w.Ctx, 50), "log")
-	f.do(w, v, p)
 	struck := time.Now()
+	f.do(w, v, p)
 	v.Wait("state=running,primary="+s, 30*time.Second)
 	v.Within(4*time.Minute, "clock")
-	w.T.Logf("the guest answers %v after the fault", time.Since(struck).Round(time.Millisecond))
+	w.T.Logf("the guest answers %v after the fault: %s", time.Since(struck).Round(time.Millisecond), v.Say("boot"))
 	w.must(log.WaitAcked(w.Ctx, 20), "log after the takeover")
 	if f.after != nil {
 		f.after(w, v, p)

@@ -352,6 +352,10 @@ func (a *Agent) SwitchoverVM(ctx context.Context, name string, req api.Switchove
 	if rec.Mode != model.ModeDuplex {
 		return api.Errorf(api.Conflict, "VM %q is not duplex (mode %s): there is no second copy to switch to", name, rec.Mode)
 	}
+	if v.Spec.Level == model.LevelCA {
+		return api.Errorf(api.Refused, "VM %q is of level ca, which keeps no memory of the guest on the other host: a planned move would cut the guest's power", name).
+			WithAction("shut the guest down (perdure vm stop %s), then start the VM on host %s (perdure vm start %s --host %s)", name, rec.Secondary.Host, name, rec.Secondary.Host)
+	}
 	if req.Host != "" && req.Host != rec.Secondary.Host {
 		return api.Errorf(api.Refused, "VM %q can be switched to its secondary's host %s only, not to %s", name, rec.Secondary.Host, req.Host)
 	}

@@ -59,7 +59,7 @@ join under the same name. Asks first on a terminal.`}
 			fmt.Fprintf(a.err, "  1. here:  perdure token create --witness\n  2. there: perdure witness --join TOKEN --name %s --address IP\n", name)
 			return nil
 		}
-		fmt.Fprintf(a.err, "  1. here:  perdure token create\n  2. there: perdure join TOKEN --name %s --address IP%s\n  3. there: perdure agent\nVMs of level ft that lack their second copy are then protected by themselves.\n",
+		fmt.Fprintf(a.err, "  1. here:  perdure token create\n  2. there: perdure join TOKEN --name %s --address IP%s\n  3. there: perdure agent\nVMs of level ca and ft that lack their second copy are then protected by themselves.\n",
 			name, strings.Repeat(" --alink IP", len(h.ALinks)))
 		return nil
 	})

@@ -176,7 +176,11 @@ func (a *app) stateLine(vm *api.VM) string {
 func (a *app) protection(vm *api.VM) string {
 	switch {
 	case vm.Mode == model.ModeDuplex:
-		return a.paint(good, "protected") + " by " + vm.Secondary
+		s := a.paint(good, "protected") + " by " + vm.Secondary
+		if vm.Level == model.LevelCA {
+			s += " (each write is there too; if " + vm.Primary + " is lost the guest boots there)"
+		}
+		return s
 	case vm.Mode == model.ModeSyncing:
 		s := a.paint(warn, "not protected yet") + ": filling " + vm.Secondary
 		if p := overall(vm.Sync); p.Total > 0 {
@@ -228,7 +232,7 @@ func (a *app) printVM(vm *api.VM) {
 	a.printProblems(vm.Problems)
 	fmt.Fprintln(a.out)
 	f := fields{a: a}
-	f.put("Level", string(vm.Level)+" · mode "+modeCell(vm).text+" · term "+fmt.Sprint(vm.Term)+" · epoch "+fmt.Sprint(vm.Epoch))
+	f.put("Level", string(vm.Level)+" · mode "+modeCell(vm).text+" · term "+fmt.Sprint(vm.Term)+epochText(vm))
 	f.put("Primary", seat(vm.Primary, vm.PrimaryRun))
 	f.put("Secondary", seat(vm.Secondary, vm.SecondaryRun))
 	if vm.Survivor != "" {
@@ -267,6 +271,14 @@ func (a *app) printVM(vm *api.VM) {
 		f.put("Created", vm.Created.Local().Format(time.DateTime))
 	}
 	f.print()
+}
+
+// epochText is empty where there are no epochs.
+func epochText(vm *api.VM) string {
+	if vm.Level != model.LevelFT {
+		return ""
+	}
+	return " · epoch " + fmt.Sprint(vm.Epoch)
 }
 
 func extras(vm *api.VM) (s string) {

@@ -282,7 +282,7 @@ func (a *app) vmProtectCommand() *cobra.Command {
 		p.clear()
 		return a.report(ctx, cl, args[0], "")
 	})
-	c.Long = `Fills a second copy of a VM of level ft on another host while the guest runs, and
+	c.Long = `Fills a second copy of a VM of level ca or ft on another host while the guest runs, and
 waits until it is protected. This happens by itself too; the command is for
 choosing the host, and for seeing why it does not.`
 	c.Flags().StringVar(&req.Host, "host", "", "`HOST` of the second copy (default: any with room)")

@@ -36,6 +36,7 @@ func machineFT() Machine {
 func TestArgsGolden(t *testing.T) {
 	cases := map[string]func(*Machine){
 		"ft-tcg":         func(m *Machine) { m.Kernel, m.Initrd, m.Append = "/b/vmlinuz", "/b/initrd", "console=ttyS0 quiet" },
+		"ca":             func(m *Machine) { m.FT, m.MemPath, m.Locked = false, "", true },
 		"ft-tcg-standby": func(m *Machine) { m.Incoming = true },
 		"ft-kvm":         func(m *Machine) { m.Accel, m.CPU, m.TSCHz = KVM, "Skylake-Server,-hle", 2_400_000_000 },
 		"none-vnc":       func(m *Machine) { m.FT, m.MemPath, m.VNCPath = false, "", "/s/vnc.sock" },

@@ -116,3 +116,94 @@ func TestGateRandom(t *testing.T) {
 		}
 	}
 }
+
+// TestPromise runs a primary and a secondary of level ca against each other:
+// beats and answers that are late, lost or come out of order, either side frozen,
+// a claim at any time. From the moment the secondary may let something out the
+// primary's kernel is shut, for ever.
+func TestPromise(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	r := rand.New(rand.NewPCG(seed, 2))
+	ms := func(n int) time.Duration { return time.Duration(r.IntN(n)) * time.Millisecond }
+	takeovers := 0
+	for round := range 2000 {
+		p, pk, now := newTestGate()
+		sk := &kernel{now: now}
+		s := newGatekeeper(sk, []string{"pd0"})
+		ahead := 3 * time.Hour // the hosts' clocks have nothing in common but their pace
+		s.now = func() time.Duration { return *now + ahead }
+		p.setRule(ruleAcked)
+		type note struct{ sent, due time.Duration }
+		var asked, answered []note
+		claimed := time.Duration(0)
+		pFrozen, sFrozen := time.Duration(0), time.Duration(0)
+		for range 400 {
+			*now += ms(30)
+			if r.IntN(50) == 0 {
+				pFrozen = *now + ms(1500)
+			}
+			if r.IntN(80) == 0 {
+				sFrozen = *now + ms(800)
+			}
+			if *now >= pFrozen {
+				if r.IntN(2) == 0 {
+					asked = append(asked, note{*now, *now + ms(200)})
+				}
+				p.tick()
+			}
+			for i := 0; i < len(asked) && *now >= sFrozen; i++ {
+				if n := asked[i]; n.due <= *now && r.IntN(5) > 0 {
+					if claimed == 0 {
+						s.promise()
+						answered = append(answered, note{n.sent, *now + ms(300)})
+					}
+					asked = append(asked[:i], asked[i+1:]...)
+					i--
+				}
+			}
+			for i := 0; i < len(answered) && *now >= pFrozen; i++ {
+				if n := answered[i]; n.due <= *now && r.IntN(5) > 0 {
+					p.confirm(n.sent)
+					answered = append(answered[:i], answered[i+1:]...)
+					i--
+				}
+			}
+			if claimed == 0 && r.IntN(100) == 0 {
+				claimed = *now
+				s.setRule(ruleFree)
+			}
+			if claimed != 0 && *now >= sFrozen {
+				s.tick()
+			}
+			if sk.open() {
+				takeovers++
+			}
+			if pk.open() && sk.open() {
+				t.Fatalf("seed %d, round %d: both gates are open at %v; the claim was %v ago", seed, round, *now, *now-claimed)
+			}
+		}
+	}
+	if takeovers == 0 {
+		t.Fatal("no secondary was ever heard: this test shows nothing")
+	}
+}
+
+// TestPromiseIsKept: without the promise the same would fail.
+func TestPromiseIsKept(t *testing.T) {
+	s, k, now := newTestGate()
+	s.promise()
+	s.setRule(ruleFree)
+	if ok, _ := s.whileOpen(func() error { t.Error("output left before the promise ran out"); return nil }); ok || k.open() || s.hasRight() {
+		t.Fatal("open right after the promise")
+	}
+	*now += promiseSpan - time.Millisecond
+	s.tick()
+	if k.open() {
+		t.Fatal("open before the promise ran out")
+	}
+	*now += 2 * time.Millisecond
+	s.tick()
+	if !k.open() || !s.hasRight() {
+		t.Fatal("not open after the promise ran out")
+	}
+}

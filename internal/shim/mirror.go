@@ -32,6 +32,11 @@ const (
 // mirrorKind reports whether a message from a primary belongs to level ca alone.
 func mirrorKind(kind uint8) bool { return kind == kindMirror || kind == kindMirrorFull }
 
+// memoryKind reports whether it belongs to a level that keeps memory.
+func memoryKind(kind uint8) bool {
+	return kind == kindSyncPages || kind >= kindEpochBegin && kind <= kindEpochEnd || kind == kindHandOver || kind == kindInput
+}
+
 // paired reports whether the shim can send on the taps itself.
 func (i *instance) paired() bool { return i.cfg.Spec.Level.HasSecondary() }
 
@@ -94,6 +99,15 @@ func (p *primary) joinMirror(pr *pair) {
 		return
 	}
 	p.s.tl.add("mirroring", 0, time.Since(start), "each write goes to host %s too", pr.host)
+}
+
+// mirrorAlone answers what waits for a secondary that does not count any more, by
+// the record or by the survivor right. It is no affair of the runner, which may be
+// waiting for QEMU while QEMU waits for its disks.
+func (p *primary) mirrorAlone() {
+	if p.inst.mirror != nil {
+		p.inst.mirror.Alone()
+	}
 }
 
 // unsound gives the pair up for a reason that its session may not know of.

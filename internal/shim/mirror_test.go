@@ -39,8 +39,8 @@ func (w *world) sameDisks() {
 	}
 }
 
-// TestMirror is level ca in one test: a guest is mirrored, its QEMU is killed, and
-// it boots on the other host from disks that were the same.
+// TestMirror is level ca in one test: a guest is mirrored, the disk of its host
+// fails, and it boots on the other host from disks that were the same.
 func TestMirror(t *testing.T) {
 	w := newWorld(t, 256, 1)
 	w.useLevel(model.LevelCA)
@@ -53,7 +53,9 @@ func TestMirror(t *testing.T) {
 	w.sameDisks()
 	a.op(shimapi.Op{Op: "resume"})
 
-	a.shim.inst.proc.Kill()
+	// The disk of this host fails: the other host's works. The guest boots there.
+	a.shim.inst.stores[0].Close()
+	a.op(shimapi.Op{Op: "reset"})
 	w.until("takeover", 10*time.Second, func(r model.Record) bool { return r.Mode == model.ModeSimplex && r.Primary.Host == "b" })
 	b.untilStatus("running on b", 20*time.Second, func(s shimapi.Status) bool {
 		return s.Role == shimapi.RolePrimary && s.State == model.StateRunning

@@ -460,8 +460,8 @@ func (p *primary) ruleChanged(r outputRule) {
 	if r == ruleAcked && pr != nil && pr.caughtUp() {
 		p.do(func() { p.enterHeld(pr) })
 	}
-	if r == ruleFree && p.inst.mirror != nil {
-		p.inst.mirror.Alone() // not by the runner: it may wait for a guest that waits for its disks
+	if r == ruleFree {
+		p.mirrorAlone()
 	}
 	if r == ruleFree && pr != nil {
 		// Without a secondary that could take over: by the record, or by the
@@ -514,9 +514,7 @@ func (p *primary) enterHeld(pr *pair) {
 // alone leaves a pair behind after simplex was granted: everything held is
 // committed and released in order, then the guest goes on without holding.
 func (p *primary) alone() {
-	if p.inst.mirror != nil {
-		p.inst.mirror.Alone()
-	}
+	p.mirrorAlone()
 	p.do(p.leavePair)
 }
 
@@ -529,7 +527,7 @@ func (p *primary) leavePair() {
 	p.mu.Unlock()
 	if p.mirrored {
 		p.mirrored = false
-		p.inst.mirror.Alone()
+		p.mirrorAlone()
 		p.s.tl.add("simplex", 0, 0, "the VM goes on without a secondary")
 	}
 	if pr != nil {

@@ -271,7 +271,7 @@ func (st *standby) isTaken() bool {
 
 // take handles one ordered message.
 func (st *standby) take(m peer.Message) error {
-	if mirrorKind(m.Kind) != (st.target != nil) && m.Kind != kindSyncDisk && m.Kind != kindSyncFlush && m.Kind != kindHandOver {
+	if mirrorKind(m.Kind) && st.target == nil || memoryKind(m.Kind) && st.target != nil {
 		return fmt.Errorf("message of kind %d, which has no place at level %s", m.Kind, st.s.cfg.Spec.Level)
 	}
 	switch m.Kind {

@@ -128,7 +128,7 @@ func (p *primary) unpause() error {
 // switchover captures the final epoch; the authority hears when its output has left.
 func (p *primary) switchover() error {
 	if p.inst.mirror != nil {
-		return errors.New("level ca keeps no memory of the guest on the other host, so a planned move would cut its power: shut the guest down (perdure vm shutdown) and start the VM on the other host (perdure vm start --on HOST)")
+		return errors.New("level ca keeps no memory of the guest on the other host, so a planned move would cut its power: shut the guest down, and start the VM on the other host")
 	}
 	if !p.held {
 		return errors.New("the VM has no secondary now")
