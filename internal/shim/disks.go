@@ -282,7 +282,8 @@ func (d *disks) compares(n int) bool {
 	defer d.mu.Unlock()
 	j := d.list[n].m.Judgement()
 	if j.ByBitmap {
-		return j.Resume || d.list[n].unclean || !d.list[n].m.PeerClean()
+		// At level ca all that was written since the last copy is marked.
+		return j.Resume || d.list[n].unclean || !d.list[n].m.PeerClean() || d.inst.mirror != nil
 	}
 	return d.list[n].m.PeerHasData()
 }

@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
@@ -102,11 +103,52 @@ func (p *primary) joinMirror(pr *pair) {
 }
 
 // mirrorAlone answers what waits for a secondary that does not count any more, by
-// the record or by the survivor right. It is no affair of the runner, which may be
-// waiting for QEMU while QEMU waits for its disks.
-func (p *primary) mirrorAlone() {
-	if p.inst.mirror != nil {
+// the record or by the survivor right, once the disks are this host's own, durably.
+// It is no affair of the runner, which may be waiting for QEMU while QEMU waits
+// for its disks. The result is closed when it is done; nil: there was nothing to do.
+func (p *primary) mirrorAlone() <-chan struct{} {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.goingAlone != nil || p.inst.mirror == nil || !p.inst.mirror.Joined() {
+		return p.goingAlone
+	}
+	done := make(chan struct{})
+	p.goingAlone = done
+	p.goWork(func() {
+		defer close(done)
+		if err := errors.Join(p.disks.lost(), p.disks.alone()); err != nil {
+			p.guestEnded("go on without the secondary: " + err.Error())
+			return
+		}
 		p.inst.mirror.Alone()
+	})
+	return done
+}
+
+// leaveMirror is the end of mirroring, for the runner.
+func (p *primary) leaveMirror() {
+	if !p.mirrored {
+		return
+	}
+	if done := p.mirrorAlone(); done != nil {
+		<-done
+	}
+	p.mu.Lock()
+	p.goingAlone = nil
+	p.mu.Unlock()
+	p.mirrored = false
+	p.s.tl.add("simplex", 0, 0, "the VM goes on without a secondary")
+}
+
+// markMirrored has every write from now on be noted as one that the other side
+// may lack: the secondary is complete, and reports nothing more. The next copy to
+// it compares digests, and sends what does differ.
+func (i *instance) markMirrored() {
+	if i.mirror == nil {
+		return
+	}
+	for _, st := range i.stores {
+		st.Detach()
 	}
 }
 
@@ -160,14 +202,14 @@ func (s *Shim) takeOverMirror(st *standby, a authority.ActTakeOver) {
 	st.taken = true
 	st.recvMu.Unlock()
 	st.target.Settle()
-	if err := s.readyDisks(st, a.Term); err != nil {
+	if err := st.readyDisks(); err != nil {
 		s.tl.add("takeover-failed", 0, time.Since(start), "%v", err)
 		s.post(authority.EvGuestEnded{Reason: "takeover: " + err.Error()})
 		return
 	}
 	ready := time.Now()
 	sleep(s.ctx, s.gate.promisedUntil()-bootNow())
-	p := newPrimary(s, st.inst, 0)
+	p := newPrimary(s, st.inst, st.disks, 0)
 	s.mu.Lock()
 	s.prim, s.stby = p, nil
 	s.mu.Unlock()
@@ -180,13 +222,13 @@ func (s *Shim) takeOverMirror(st *standby, a authority.ActTakeOver) {
 }
 
 // readyDisks makes the disks durable and this host's own before the guest writes.
-func (s *Shim) readyDisks(st *standby, term model.Term) error {
+func (st *standby) readyDisks() error {
 	for n, store := range st.inst.stores {
 		if err := store.Flush(); err != nil {
 			return fmt.Errorf("disk %d: %w", n, err)
 		}
 	}
-	return markReplicas(s, st.inst.stores, model.UpToDate, term, st.next)
+	return errors.Join(st.disks.lost(), st.disks.alone())
 }
 
 var _ mirror.Replica = (*blockstore.Volume)(nil)

@@ -193,6 +193,7 @@ func (pr *pair) receive() {
 			pr.p.s.log.Warn("message of another pair ignored", "error", err)
 			continue
 		}
+		pr.p.inst.markMirrored()
 		pr.p.s.tl.add("synced", model.Epoch(b.Epoch), time.Since(pr.begun), "host %s holds everything as of epoch %d", pr.host, b.Epoch)
 		pr.p.s.post(authority.EvSynced{Host: pr.host, Run: pr.peerRun, Epoch: model.Epoch(b.Epoch)})
 	}

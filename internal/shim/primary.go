@@ -64,7 +64,9 @@ type primary struct {
 	mu      sync.Mutex // guards what others read
 	state   model.RunState
 	cur     *pair
-	last    model.Epoch // newest captured epoch
+	// goingAlone is closed when mirrorAlone is done, nil while it is not under way.
+	goingAlone chan struct{}
+	last       model.Epoch // newest captured epoch
 }
 
 // Why a guest stands still, for primary.standing and people.
@@ -525,11 +527,7 @@ func (p *primary) leavePair() {
 	p.mu.Lock()
 	p.cur = nil
 	p.mu.Unlock()
-	if p.mirrored {
-		p.mirrored = false
-		p.mirrorAlone()
-		p.s.tl.add("simplex", 0, 0, "the VM goes on without a secondary")
-	}
+	p.leaveMirror()
 	if pr != nil {
 		pr.leave()
 		if err := p.disks.lost(); err != nil && p.ctx.Err() == nil {

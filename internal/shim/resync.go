@@ -264,7 +264,7 @@ func (d *disks) report(send func(kind uint8, content ...[]byte) error) error {
 // reports tells the peer what is durable here, until done is closed or the
 // session is lost, and asks the peer to make durable what writes here wait for.
 func (d *disks) reports(done, lost <-chan struct{}, send func(kind uint8, content ...[]byte) error) {
-	if len(d.list) == 0 {
+	if len(d.list) == 0 || d.inst.mirror != nil {
 		return
 	}
 	wanted := make(chan struct{}, 1)
@@ -371,7 +371,9 @@ func (st *standby) disksWhole(e model.Epoch) error {
 	if len(words) != len(st.disks.list) {
 		return errors.New("the copy ended before every disk was announced to be whole")
 	}
-	st.disks.attach(e)
+	if st.target == nil {
+		st.disks.attach(e)
+	}
 	st.goWork(func() { st.disks.reports(st.ctx.Done(), st.sess.Lost(), st.sendKind) })
 	return st.disks.sendWords(words, st.sendKind)
 }
