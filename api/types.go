@@ -229,7 +229,7 @@ type CreateNIC struct {
 // CreateVM asks for a new VM. Zero values mean the default.
 type CreateVM struct {
 	Name   string         `json:"name"`
-	Level  model.Level    `json:"level,omitempty" doc:"none or ft; default none"`
+	Level  model.Level    `json:"level,omitempty" doc:"none, ca or ft; default none"`
 	VCPUs  int            `json:"vcpus,omitempty" doc:"Default 1"`
 	Memory int64          `json:"memory,omitempty" doc:"Bytes, a multiple of 2 MiB; default 512 MiB"`
 	Disks  []CreateDisk   `json:"disks,omitempty" doc:"In the order in which the guest sees them"`

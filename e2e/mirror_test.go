@@ -66,6 +66,21 @@ func TestMirror(t *testing.T) {
 			moves(p, now)
 		}
 	})
+	t.Run("started on the other host", func(t *testing.T) {
+		w := w.sub(t)
+		v := v.in(w)
+		s := v.Secondary()
+		log := v.Log(0)
+		w.must(log.WaitAcked(w.Ctx, 50), "log")
+		log.Stop()
+		v.Tell("poweroff")
+		v.Wait("state=stopped", time.Minute)
+		v.equalReplicas()
+		w.Perdure(s, "vm", "start", v.Name, "--host", s)
+		v.Within(4*time.Minute, "clock")
+		v.judge(log)
+		v.Wait("state=running,mode=duplex,primary="+s, 2*time.Minute)
+	})
 	t.Run("switchover is refused", func(t *testing.T) {
 		w := w.sub(t)
 		out, err := w.TryPerdure(v.Primary(), "vm", "switchover", v.Name)
@@ -148,6 +163,13 @@ func (v *VM) sameDisks() {
 	w.T.Helper()
 	w.Perdure(w.AnyHost(), "vm", "pause", v.Name)
 	defer w.Perdure(w.AnyHost(), "vm", "resume", v.Name)
+	v.equalReplicas()
+}
+
+// equalReplicas compares the replicas of all disks; nobody may write to them.
+func (v *VM) equalReplicas() {
+	w := v.w
+	w.T.Helper()
 	for _, d := range v.Show().Disks {
 		sums := map[string]string{}
 		for _, h := range w.Lab.Hosts() {
