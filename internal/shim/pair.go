@@ -194,7 +194,11 @@ func (pr *pair) receive() {
 			continue
 		}
 		pr.p.inst.markMirrored()
-		pr.p.s.tl.add("synced", model.Epoch(b.Epoch), time.Since(pr.begun), "host %s holds everything as of epoch %d", pr.host, b.Epoch)
+		if pr.p.inst.mirror != nil {
+			pr.p.s.tl.add("synced", 0, time.Since(pr.begun), "host %s holds the disks as they are here", pr.host)
+		} else {
+			pr.p.s.tl.add("synced", model.Epoch(b.Epoch), time.Since(pr.begun), "host %s holds everything as of epoch %d", pr.host, b.Epoch)
+		}
 		pr.p.s.post(authority.EvSynced{Host: pr.host, Run: pr.peerRun, Epoch: model.Epoch(b.Epoch)})
 	}
 }

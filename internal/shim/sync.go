@@ -203,7 +203,7 @@ func (pr *pair) fillAll() error {
 	pr.caught = true
 	pr.progress = nil
 	pr.mu.Unlock()
-	pr.p.s.tl.add("caught-up", 0, time.Since(pr.begun), "host %s has all but what fits into one epoch", pr.host)
+	pr.p.s.tl.add("caught-up", 0, time.Since(pr.begun), "host %s has all but a little", pr.host)
 	pr.p.s.post(authority.EvCaughtUp{})
 	return nil
 }
