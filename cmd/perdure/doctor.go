@@ -30,7 +30,7 @@ func checks(o cli.DoctorOptions) []doctor.Check {
 				return doctor.Result{Level: doctor.Failed, Text: "device state cannot be saved and loaded: " + caps.SaveErr, Action: "install another build of QEMU, 7.2 or newer"}
 			}
 			return doctor.Result{Level: doctor.OK, Text: fmt.Sprintf("%d.%d.%d at %s, newest machine %s, device state saves and loads",
-				caps.Version.Major, caps.Version.Minor, caps.Version.Micro, caps.Path, caps.Q35)}
+				caps.Version.Major, caps.Version.Minor, caps.Version.Micro, caps.Path, caps.Default())}
 		}},
 		{Name: "accelerator", Run: func(context.Context) doctor.Result { return checkAccel(caps, probed) }},
 		{Name: "fuse", Run: func(ctx context.Context) doctor.Result {
@@ -82,7 +82,7 @@ func checkTracking(ctx context.Context, caps qemu.Capabilities, probed error) do
 	if probed != nil || accel == "" {
 		return doctor.Result{Level: doctor.Failed, Text: "not checked, no guest runs here"}
 	}
-	r, err := selftest.Prove(ctx, os.TempDir(), selftest.Options{QEMU: caps.Path, Accel: accel, Type: caps.Q35, Helper: flusherArgv(), TSCHz: qemu.KVMTSCHz()})
+	r, err := selftest.Prove(ctx, os.TempDir(), selftest.Options{QEMU: caps.Path, Accel: accel, Type: caps.Default(), Helper: flusherArgv(), TSCHz: qemu.KVMTSCHz()})
 	if err != nil {
 		return doctor.Result{Level: doctor.Failed, Text: err.Error(), Action: "do not use Level 3 on this host; report the kernel, the QEMU and the processor"}
 	}

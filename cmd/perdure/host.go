@@ -65,7 +65,7 @@ func probeMachine(ctx context.Context, path string) (agent.Machine, error) {
 	if err != nil {
 		return agent.Machine{}, err
 	}
-	m := agent.Machine{QEMU: fmt.Sprintf("%d.%d.%d", caps.Version.Major, caps.Version.Minor, caps.Version.Micro), Accel: bestAccel(caps), Type: caps.Q35, Sandbox: caps.Sandbox}
+	m := agent.Machine{QEMU: fmt.Sprintf("%d.%d.%d", caps.Version.Major, caps.Version.Minor, caps.Version.Micro), Accel: bestAccel(caps), Type: caps.Default(), Sandbox: caps.Sandbox}
 	if m.Accel == qemu.KVM {
 		m.CPU, m.TSCHz = defaultCPU, qemu.KVMTSCHz()
 	}

@@ -47,7 +47,7 @@ import (
 type Machine struct {
 	QEMU  string // version, "7.2.22"; empty: none that can be used
 	Accel string // "kvm" or "tcg": the best that runs a 64-bit guest
-	Type  string // newest versioned machine type, "pc-q35-7.2"
+	Type  string // newest versioned machine type, "pc-i440fx-7.2"
 	TSCHz int64  // TSC frequency of its KVM guests, hertz; 0: unknown
 	// Sandbox says that QEMU's seccomp filter was tried and works.
 	Sandbox bool

@@ -179,7 +179,7 @@ func probeVersion(ctx context.Context, qemu string) (Machine, error) {
 	}
 	v := string(m[1])
 	mm := strings.SplitN(v, ".", 3)
-	return Machine{QEMU: v, Accel: "tcg", Type: "pc-q35-" + mm[0] + "." + mm[1]}, nil
+	return Machine{QEMU: v, Accel: "tcg", Type: "pc-i440fx-" + mm[0] + "." + mm[1]}, nil
 }
 
 // meminfo reads MemTotal and MemAvailable in bytes; 0 where they are not known.

@@ -47,7 +47,7 @@ type HostInfo struct {
 	MemoryFree  int64    `json:"memory_free"`  // MemAvailable in bytes, now and then
 	Accel       string   `json:"accel"`        // "kvm" or "tcg"
 	QEMU        string   `json:"qemu"`         // version, "7.2.22"; empty: none that can be used
-	Machine     string   `json:"machine"`      // newest versioned machine type, "pc-q35-7.2"
+	Machine     string   `json:"machine"`      // newest versioned machine type, "pc-i440fx-7.2"
 	CPU         string   `json:"cpu"`          // default CPU model under Accel
 	Version     string   `json:"version"`      // of Perdure
 	StateDir    string   `json:"state_dir"`

@@ -161,7 +161,7 @@ type VMSpec struct {
 	Append  string     `json:"append,omitempty"`
 	UEFI    bool       `json:"uefi,omitempty"`
 	VNC     bool       `json:"vnc,omitempty"` // virtio-gpu with VNC; else no display
-	Machine string     `json:"machine"`       // versioned machine type, e.g. pc-q35-7.2
+	Machine string     `json:"machine"`       // versioned machine type, e.g. pc-i440fx-7.2
 	CPU     string     `json:"cpu"`           // QEMU CPU model with flags
 	// Virtio is the kind of the virtio devices; empty means VirtioLegacy. It is
 	// what the guest sees, so it stays as the VM was made.
