@@ -1,6 +1,7 @@
 package hostnet
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -33,13 +34,16 @@ const (
 	inboxKernel = 2 << 20         // bytes that the kernel keeps between two calls of Take
 	inboxTake   = 512 << 10       // bytes of one Take; a guest that gets more is not helped by repeating them
 	inboxQuiet  = 2 * time.Second // how long a flood is left alone
+	inboxFrame  = 256             // what a frame costs beside its bytes
 	maxSeen     = 1<<16 + 64      // of one frame: 64 KiB and headers
 	inboxPrefix = 4               // length of a frame before it, in Take's result
 )
 
 // toGuest accepts frames that leave the host by the device: on a tap, those for
-// the guest.
+// the guest. Tagged ones are left alone, since their tag would be lost.
 var toGuest = []bpf.Instruction{
+	bpf.LoadExtension{Num: bpf.ExtVLANTagPresent},
+	bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: 0, SkipTrue: 3},
 	bpf.LoadExtension{Num: bpf.ExtType},
 	bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.PACKET_OUTGOING, SkipFalse: 1},
 	bpf.RetConstant{Val: 1 << 18},
@@ -95,7 +99,7 @@ func (b *Inbox) Take(now time.Time) ([]byte, error) {
 		return nil, nil
 	}
 	var out []byte
-	for {
+	for seen := 0; ; {
 		n, _, err := unix.Recvfrom(b.fd, b.buf, 0)
 		switch {
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.ENETDOWN):
@@ -107,6 +111,10 @@ func (b *Inbox) Take(now time.Time) ([]byte, error) {
 			return out, nil
 		case err != nil:
 			return nil, fmt.Errorf("read frames for the guest on %s: %w", b.tap, err)
+		}
+		if seen += n + inboxFrame; b.missed && seen > 2*inboxKernel { // still flooded, and faster than this reads
+			b.quiet = now.Add(inboxQuiet)
+			return nil, nil
 		}
 		if len(out)+n > inboxTake && !b.missed {
 			b.quiet, b.missed = now.Add(inboxQuiet), true
@@ -124,8 +132,10 @@ func (b *Inbox) Await(d time.Duration) {
 }
 
 // Deliver hands frames that another Inbox took to the guest of this tap.
-// Malformed input is refused; what came before it is delivered.
+// Malformed input is refused; what came before it is delivered. A frame that the
+// tap does not take is left out; the first such error is returned.
 func (b *Inbox) Deliver(frames []byte) error {
+	var refused error
 	for len(frames) > 0 {
 		if len(frames) < inboxPrefix {
 			return fmt.Errorf("deliver frames on %s: %d bytes left, a head takes %d", b.tap, len(frames), inboxPrefix)
@@ -136,11 +146,11 @@ func (b *Inbox) Deliver(frames []byte) error {
 			return fmt.Errorf("deliver frames on %s: frame of %d bytes, %d are left, %d to %d allowed", b.tap, n, len(frames), vnetHeaderShort, maxSeen)
 		}
 		if _, err := unix.Write(b.fd, frames[:n]); err != nil {
-			return fmt.Errorf("deliver frames on %s: %w", b.tap, err)
+			refused = cmp.Or(refused, fmt.Errorf("deliver frames on %s: %w", b.tap, err))
 		}
 		frames = frames[n:]
 	}
-	return nil
+	return refused
 }
 
 // Close ends the watching.

@@ -3,6 +3,7 @@ package hostnet
 import (
 	"fmt"
 	"os"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -19,9 +20,10 @@ const (
 // QEMU does; the Gate applies. While it is open the tap has a carrier, also
 // after QEMU has ended.
 //
-// Concurrency: all methods may be called from any goroutine, Close last.
+// Concurrency: all methods may be called from any goroutine; after Close they fail.
 type Tap struct {
 	name string
+	mu   sync.RWMutex // held for writing by Close: a number in use is never another file's
 	fd   int
 }
 
@@ -50,6 +52,8 @@ func (t *Tap) Name() string { return t.name }
 // Inherit returns a duplicate of the file for a child process; the caller
 // closes it.
 func (t *Tap) Inherit() (*os.File, error) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
 	fd, err := unix.FcntlInt(uintptr(t.fd), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("duplicate file of tap %s: %w", t.name, err)
@@ -60,11 +64,14 @@ func (t *Tap) Inherit() (*os.File, error) {
 // Send implements netbuf.Outlet: one frame behind a virtio-net header of
 // header bytes (10 or 12). The guest's driver decides which of them the tap
 // wants at this moment, so a frame that was held across its restart is adapted.
-// A tap that cannot take the frame at once refuses it.
+// A tap that cannot take the frame at once refuses it. A driver that restarts in
+// the very moment of sending may garble one frame.
 func (t *Tap) Send(frame []byte, header int) error {
 	if header != vnetHeaderShort && header != vnetHeaderLong || len(frame) < header {
 		return fmt.Errorf("send on tap %s: %d bytes with a header of %d: 10 or 12 are possible", t.name, len(frame), header)
 	}
+	t.mu.RLock()
+	defer t.mu.RUnlock()
 	want, err := unix.IoctlGetInt(t.fd, unix.TUNGETVNETHDRSZ)
 	if err != nil {
 		return fmt.Errorf("send on tap %s: %w", t.name, err)
@@ -89,7 +96,11 @@ func (t *Tap) SendPlain(frame []byte) error {
 
 // Close detaches; the tap is persistent and stays.
 func (t *Tap) Close() error {
-	if err := unix.Close(t.fd); err != nil {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	fd := t.fd
+	t.fd = -1
+	if err := unix.Close(fd); err != nil {
 		return fmt.Errorf("close tap %s: %w", t.name, err)
 	}
 	return nil

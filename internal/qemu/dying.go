@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -31,6 +32,7 @@ func (p *Process) WatchThreads(tids []int) {
 	if len(fds) == 0 {
 		return
 	}
+	gone := func(f unix.PollFd) bool { return f.Revents&(unix.POLLIN|unix.POLLHUP) != 0 }
 	go func() { // ends with the process
 		for {
 			n, err := unix.Poll(fds, -1)
@@ -38,7 +40,9 @@ func (p *Process) WatchThreads(tids []int) {
 				break
 			}
 		}
-		p.markDying()
+		if slices.ContainsFunc(fds, gone) { // only that counts, not a failed look
+			p.markDying()
+		}
 		for _, f := range fds {
 			unix.Close(int(f.Fd))
 		}

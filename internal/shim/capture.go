@@ -101,7 +101,13 @@ func (p *primary) capture(flags uint32, stay bool, stopped func() error) (c *cap
 	c = &captured{flags: flags, at: time.Now(), mark: time.Now(), persisted: make(chan struct{}), released: make(chan struct{})}
 	// What comes while the guest stops waits in the tap, and belongs to the next
 	// epoch. A frame that slips in between comes twice where it must be repeated.
-	c.input = p.input.take()
+	input := p.input.take()
+	c.input = input
+	defer func() {
+		if err != nil {
+			p.input.giveBack(input)
+		}
+	}()
 	start := bootNow()
 	st, err := p.stopAndSave(ctx, c)
 	if err != nil {

@@ -35,6 +35,7 @@ type disk struct {
 	unclean bool // a crash left this copy; its activity log names whole extents
 	rest    bool // the rest of the copy is to be sent with the next epoch
 	refused string
+	pending *replica.ActPersist // could not be written: tried again before anything else
 }
 
 // diskHello is what a hello says of one copy.
@@ -156,12 +157,21 @@ func (d *disks) step(n int, ev replica.Event) (words []diskWord, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	k := &d.list[n]
-	for queue := []replica.Event{ev}; len(queue) > 0; queue = queue[1:] {
+	queue := []replica.Event{ev}
+	if k.pending != nil {
+		if err := d.persist(k, *k.pending); err != nil {
+			return nil, err
+		}
+		k.pending = nil
+		queue = []replica.Event{replica.EvPersisted{}, ev}
+	}
+	for ; len(queue) > 0; queue = queue[1:] {
 		for _, a := range k.m.Step(queue[0]) {
 			d.s.log.Debug("disk", "disk", k.m.Copy().Disk, "action", replica.FormatAction(a))
 			switch a := a.(type) {
 			case replica.ActPersist:
 				if err := d.persist(k, a); err != nil {
+					k.pending = &a
 					return words, err
 				}
 				queue = append(queue, replica.EvPersisted{})
@@ -206,7 +216,6 @@ func (d *disks) persist(k *disk, a replica.ActPersist) error {
 			return errors.New("a target said that its marks are complete, and sent none")
 		}
 		st.MarkMissingSet(k.theirs)
-		k.theirs = nil
 	case replica.MarksAll:
 		st.MarkMissing(0, st.Chunks())
 	default:
@@ -215,6 +224,9 @@ func (d *disks) persist(k *disk, a replica.ActPersist) error {
 	if save {
 		if err := st.SaveMissing(); err != nil {
 			return err
+		}
+		if a.Marks != replica.MarksAll {
+			k.theirs = nil
 		}
 	}
 	d.s.mu.Lock()

@@ -35,6 +35,7 @@ const maxInput = 4 << 20
 type inputLog struct {
 	mu    sync.Mutex
 	boxes []*hostnet.Inbox // by NIC; nil where watching failed
+	back  [][]byte         // of a capture that failed: comes first in the next take
 }
 
 // open begins to watch. A tap that cannot be watched is done without.
@@ -58,7 +59,14 @@ func (l *inputLog) close() {
 			b.Close()
 		}
 	}
-	l.boxes = nil
+	l.boxes, l.back = nil, nil
+}
+
+// giveBack is for frames that were taken for an epoch that never came to be.
+func (l *inputLog) giveBack(frames [][]byte) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.back = frames
 }
 
 // take returns what came since the last call, by NIC.
@@ -71,7 +79,11 @@ func (l *inputLog) take() [][]byte {
 		if b != nil {
 			out[n], _ = b.Take(now) // what cannot be read is not carried
 		}
+		if n < len(l.back) {
+			out[n] = append(l.back[n], out[n]...)
+		}
 	}
+	l.back = nil
 	return out
 }
 
@@ -97,16 +109,21 @@ func (p *primary) isHandedOver() bool {
 	return p.state == model.StateHeld
 }
 
-// carryOver sends all that the secondary may need once this guest is gone, and
-// goes on for as long as the secondary listens. The runner has ended.
+// carryOver sends all that the secondary may need once this guest is gone or
+// handed over, and goes on for as long as the secondary listens. Meanwhile it
+// repeats what the secondary was told last, which may have been lost. The runner has ended.
 func (p *primary) carryOver(pr *pair) {
 	pr.mu.Lock()
-	sess, lost := pr.sess, pr.lost || pr.left
+	sess, lost, word := pr.sess, pr.lost || pr.left, pr.lastWord
 	flights := pr.sortedFlights()
 	pr.mu.Unlock()
-	if sess == nil || lost || len(p.inst.taps) == 0 {
+	p.mu.Lock()
+	moves := p.state == model.StateFault || p.state == model.StateHeld
+	p.mu.Unlock()
+	if sess == nil || lost || !p.held || p.offAsked || !moves {
 		return
 	}
+	told := time.Now()
 	// The primary's own context is over: this is the last that it does.
 	ctx, cancel := context.WithTimeout(context.Background(), carryFor)
 	defer cancel()
@@ -118,6 +135,10 @@ func (p *primary) carryOver(pr *pair) {
 	for ctx.Err() == nil {
 		if p.sendInput(ctx, pr, p.lastEpoch()+1, p.input.take()) != nil {
 			return
+		}
+		if word != nil && time.Since(told) > beatInterval {
+			told = time.Now()
+			tellPeer(sess, *word)
 		}
 		select {
 		case <-sess.Lost():
@@ -145,7 +166,12 @@ type seenInput struct {
 	nic    int
 	epoch  model.Epoch
 	frames []byte
+	at     time.Time
 }
+
+// maxInputAge is how old input may be when it is delivered: networks repeat
+// themselves within a moment, and not every protocol knows an old datagram from a new one.
+const maxInputAge = 2 * time.Second
 
 var inputHeadLen = binary.Size(inputHead{})
 
@@ -161,11 +187,14 @@ func (st *standby) takeInput(p []byte) error {
 	if int64(h.NIC) >= int64(len(st.inst.taps)) {
 		return fmt.Errorf("input for network card %d, there are %d", h.NIC, len(st.inst.taps))
 	}
-	in := seenInput{nic: int(h.NIC), epoch: model.Epoch(h.Epoch), frames: p[inputHeadLen:]}
+	in := seenInput{nic: int(h.NIC), epoch: model.Epoch(h.Epoch), frames: p[inputHeadLen:], at: time.Now()}
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.live != nil {
-		return st.deliver(in)
+		if err := st.deliver(in); err != nil {
+			st.s.log.Info("input of the guest was not carried over whole", "error", err)
+		}
+		return nil
 	}
 	for st.inputLen += len(in.frames); st.inputLen > maxInput && len(st.input) > 0; st.input = st.input[1:] {
 		st.inputLen -= len(st.input[0].frames)
@@ -176,11 +205,10 @@ func (st *standby) takeInput(p []byte) error {
 
 // deliver hands frames to the guest. mu is held.
 func (st *standby) deliver(in seenInput) error {
-	b := st.live[in.nic]
-	if b == nil {
+	if in.nic >= len(st.live) || st.live[in.nic] == nil {
 		return nil
 	}
-	return b.Deliver(in.frames)
+	return st.live[in.nic].Deliver(in.frames)
 }
 
 // deliverInput hands the guest, which runs here now as of epoch n, what was
@@ -197,12 +225,15 @@ func (st *standby) deliverInput(n model.Epoch) {
 	st.live = live
 	count := 0
 	for _, in := range st.input {
-		if in.epoch > n {
+		if in.epoch > n && time.Since(in.at) < maxInputAge {
 			count += len(in.frames)
 			errs = append(errs, st.deliver(in))
 		}
 	}
 	st.input, st.inputLen = nil, 0
+	if st.carried {
+		st.closeLive()
+	}
 	st.mu.Unlock()
 	if err := errors.Join(errs...); err != nil {
 		st.s.log.Warn("input of the guest was not carried over whole", "error", err)
@@ -226,14 +257,25 @@ func (st *standby) receiveOn() {
 	case <-st.recvCtx.Done():
 	}
 	st.endReceiving()
+	st.endCarrying()
+}
+
+// endCarrying ends the delivery of input, also one that has not begun.
+func (st *standby) endCarrying() {
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	for _, b := range st.live {
+	st.carried = true
+	st.closeLive()
+}
+
+// closeLive lets what still comes go nowhere. mu is held.
+func (st *standby) closeLive() {
+	for n, b := range st.live {
 		if b != nil {
 			b.Close()
+			st.live[n] = nil
 		}
 	}
-	st.live = make([]*hostnet.Inbox, len(st.live)) // what still comes goes nowhere
 }
 
 // endReceiving ends the session with the old place.

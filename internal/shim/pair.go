@@ -56,6 +56,7 @@ type pair struct {
 	owesLast bool          // and that it was the last
 	copied   map[int]int64 // bytes that went over the link, by disk
 	slow     *epoch.SlowWatch
+	lastWord *authority.ActTell // that this side's guest is dead
 
 	prevDev []byte // sender only
 }
@@ -693,13 +694,18 @@ func (pr *pair) releaseAlone(flights []*captured) {
 	}
 }
 
-func (pr *pair) close(reason string) {
+// hangUp ends the session and nothing else.
+func (pr *pair) hangUp(reason string) {
 	pr.mu.Lock()
 	sess := pr.sess
 	pr.mu.Unlock()
 	if sess != nil {
 		sess.Close(reason)
 	}
+}
+
+func (pr *pair) close(reason string) {
+	pr.hangUp(reason)
 	pr.cancel()
 	pr.work.Wait()
 }
@@ -708,6 +714,9 @@ func (pr *pair) close(reason string) {
 func (pr *pair) tell(a authority.ActTell) {
 	pr.mu.Lock()
 	sess := pr.sess
+	if a.Kind == authority.TellDead {
+		pr.lastWord = &a
+	}
 	pr.mu.Unlock()
 	if sess == nil {
 		return

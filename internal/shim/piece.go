@@ -28,18 +28,27 @@ var errShut = errors.New("the right to let output out ran out")
 type pieced struct {
 	to   netbuf.Outlet
 	gate *gatekeeper
+	rule outputRule // under which sending began
 	left int
+	shut bool // given up: what is left is lost together
 }
 
 func (k *gatekeeper) pieced(to netbuf.Outlet) *pieced {
-	return &pieced{to: to, gate: k, left: pieceBytes}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return &pieced{to: to, gate: k, rule: k.rule, left: pieceBytes}
 }
 
 // Send implements netbuf.Outlet.
 func (p *pieced) Send(frame []byte, header int) error {
+	if p.shut {
+		return errShut
+	}
 	if p.left <= 0 {
 		for end := p.gate.now() + pieceWait; !p.gate.openNow(); time.Sleep(time.Millisecond) {
-			if p.gate.now() >= end {
+			// Under a stricter rule the right may depend on who waits for this sender.
+			if p.gate.now() >= end || p.gate.isStricter(p.rule) {
+				p.shut = true
 				return errShut
 			}
 		}
@@ -47,6 +56,13 @@ func (p *pieced) Send(frame []byte, header int) error {
 	}
 	p.left -= len(frame)
 	return p.to.Send(frame, header)
+}
+
+// isStricter reports whether less may leave than under rule r.
+func (k *gatekeeper) isStricter(r outputRule) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.rule < r
 }
 
 // openNow renews the gate if the right reaches further by now, and reports

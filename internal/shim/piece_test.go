@@ -70,3 +70,42 @@ func TestLongSendWithoutRight(t *testing.T) {
 		t.Errorf("%v; sent %d, lost %d", err, out.sent, out.lost)
 	}
 }
+
+// TestLongSendGivesUpOnce: when the right does not come back, all that is left
+// is given up together; and at once if the rule became stricter, since the new
+// right may depend on the one who waits here.
+func TestLongSendGivesUpOnce(t *testing.T) {
+	for _, strict := range []bool{false, true} {
+		g, k, now := newTestGate()
+		waits, step := 0, time.Duration(0)
+		g.now = func() time.Duration { waits++; *now += step; return *now }
+		g.setRule(ruleFree)
+		out := &slowOutlet{k: k}
+		_, err := g.whileOpen(func() error {
+			p := g.pieced(out)
+			if err := p.Send(make([]byte, pieceBytes), 10); err != nil {
+				return err
+			}
+			if strict {
+				g.setRule(ruleAcked)
+			} else {
+				g.rule, p.rule, g.openTill = ruleNone, ruleNone, 0 // closed, and not because the rule changed
+			}
+			waits, step = 0, 100*time.Millisecond
+			var err error
+			for range 1000 {
+				err = p.Send(make([]byte, 100), 10)
+			}
+			return err
+		})
+		if !errors.Is(err, errShut) || out.sent != 1 || out.lost != 0 {
+			t.Errorf("strict %v: %v; sent %d, lost %d", strict, err, out.sent, out.lost)
+		}
+		if limit := 50; waits > limit {
+			t.Errorf("strict %v: looked at the clock %d times for 1,000 frames, at most %d expected", strict, waits, limit)
+		}
+		if strict && waits > 5 {
+			t.Errorf("waited for a right that cannot come: %d looks at the clock", waits)
+		}
+	}
+}

@@ -143,6 +143,9 @@ func (p *primary) close() {
 	p.mu.Lock()
 	pr := p.cur
 	p.mu.Unlock()
+	if pr != nil { // whatever waits here, the secondary need not
+		defer time.AfterFunc(carryFor, func() { pr.hangUp("the primary ends") }).Stop()
+	}
 	p.work.Wait()
 	if pr != nil {
 		if p.inst.mirror == nil {

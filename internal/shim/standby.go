@@ -56,8 +56,9 @@ type standby struct {
 	applyErr error  // why the applier ended before its time
 	primal   string // the primary's host
 	input    []seenInput
-	live     []*hostnet.Inbox // by NIC, after a takeover: where input goes at once
 	inputLen int
+	live     []*hostnet.Inbox // by NIC, after a takeover: where input goes at once
+	carried  bool             // the time of carrying is over
 
 	// Receiving ends with recvCtx, which outlasts a takeover for a moment.
 	recvCtx context.Context
@@ -156,7 +157,7 @@ func (st *standby) watchQEMU() {
 		noMemory = st.inst.ram.Failed()
 	}
 	select {
-	case <-st.inst.proc.Exited():
+	case <-st.inst.proc.Dying():
 		if st.ctx.Err() == nil {
 			st.s.post(authority.EvGuestEnded{Reason: "the standby's QEMU ended: " + st.inst.proc.LogTail(500)})
 		}

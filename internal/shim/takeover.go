@@ -85,21 +85,22 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 	}
 	s.turnSwitches()
 	if err := st.settle(); err != nil {
-		st.endReceiving()
 		fail(err)
+		st.endReceiving()
 		return
 	}
 	applied := time.Now()
 	c := st.newest
-	line := make(chan error, 1)
-	go func() { line <- errors.Join(st.disks.lost(), st.disks.alone()) }() // beside the load, which touches no disk
+	line := st.writeLine() // beside the load, which touches no disk
 	if err := st.inst.qmp.LoadDevices(s.ctx, c.dev); err != nil {
-		st.endReceiving()
 		fail(fmt.Errorf("load device state of epoch %d: %w", c.epoch, err))
+		st.endReceiving()
+		<-line
 		return
 	}
-	if err := <-line; err != nil {
+	if err := s.awaitLine(line, st); err != nil {
 		fail(err)
+		st.endReceiving()
 		return
 	}
 	p := newPrimary(s, st.inst, st.disks, c.epoch)
@@ -135,6 +136,38 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 	p.announce(announceFor)
 	p.keepTime("the takeover")
 	st.retire()
+}
+
+// writeLine makes the replicas say that they are written alone from here on.
+func (st *standby) writeLine() <-chan error {
+	line := make(chan error, 1)
+	go func() { line <- errors.Join(st.disks.lost(), st.disks.alone()) }()
+	return line
+}
+
+// awaitLine waits until the replicas say so, since what is written before could
+// be taken for something older. This is the only copy of the VM: a disk that is full is waited
+// for, and only one that failed for good ends it.
+func (s *Shim) awaitLine(line <-chan error, st *standby) error {
+	for {
+		err := <-line
+		if err == nil {
+			s.tl.solved("disk-stuck")
+			return nil
+		}
+		for _, store := range st.inst.stores {
+			if store.Err() != nil {
+				return err
+			}
+		}
+		s.tl.problem(model.Problem{Code: "disk-stuck", Severity: model.Critical, Text: "the guest stands still: " + err.Error(),
+			Action: "make room on this host's disk; it goes on by itself"})
+		sleep(s.ctx, time.Second)
+		if s.ctx.Err() != nil {
+			return err
+		}
+		line = st.writeLine()
+	}
 }
 
 // announceFor is how long a VM that moved tells the switches where it is: the
