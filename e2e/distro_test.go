@@ -26,7 +26,7 @@ import (
 )
 
 // distroIP is the address of the one guest with a real distribution.
-const distroIP = "10.77.0.200"
+const distroIP = "10.77.0.150"
 
 // distroImage builds the image, or takes it from the cache.
 func distroImage(t *testing.T) distro.Image {

@@ -69,7 +69,7 @@ const (
 
 // Options of Build.
 type Options struct {
-	Address string // of the guest's first card, e.g. "10.77.0.200/24"
+	Address string // of the guest's first card, e.g. "10.77.0.150/24"
 	Cache   string // default: the user's cache directory
 	Mirror  string // default: that of this machine's apt
 	Log     *slog.Logger
