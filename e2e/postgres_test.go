@@ -169,7 +169,7 @@ func TestSoakPostgres(t *testing.T) {
 		t.Error("the guest was rebooted")
 	}
 	v.CheckConsole(v.Primary())
-	g.Must(5*time.Minute, "pg_amcheck -h 127.0.0.1 -U postgres --install-missing --heapallindexed --all")
+	g.Must(5*time.Minute, "/usr/lib/postgresql/15/bin/pg_amcheck -h 127.0.0.1 -U postgres --install-missing --heapallindexed --all")
 	g.Must(2*time.Minute, "pg_ctlcluster 15 main stop")
 	out := g.Must(5*time.Minute, "/usr/lib/postgresql/15/bin/pg_checksums --check -D /var/lib/postgresql/15/main")
 	if !strings.Contains(out, "Bad checksums:  0") {
