@@ -26,12 +26,20 @@ const (
 	killBlocks = 3 // used per extent
 )
 
-// TestKillChild is the process that is killed: it says on its output what it is
+// TestMain runs the tests, or the process that TestKilledAtEachPoint kills.
+func TestMain(m *testing.M) {
+	if arg := os.Getenv(killEnv); arg != "" {
+		fmt.Fprintln(os.Stderr, "killChild:", killChild(strings.Split(arg, ",")))
+		os.Exit(3) // it should not get here
+	}
+	os.Exit(m.Run())
+}
+
+// killChild is the process that is killed: it says on its output what it is
 // about to do and what it has done.
-func TestKillChild(t *testing.T) {
-	arg := strings.Split(os.Getenv(killEnv), ",")
+func killChild(arg []string) error {
 	if len(arg) != 4 {
-		t.Skip("only run by TestKilledAtEachPoint")
+		return fmt.Errorf("%d words in %s, want 4", len(arg), killEnv)
 	}
 	dir, point := arg[0], arg[1]
 	after, _ := strconv.Atoi(arg[2])
@@ -46,10 +54,10 @@ func TestKillChild(t *testing.T) {
 		}
 	}})
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
 	if _, err := s.Replay(); err != nil {
-		t.Fatal(err)
+		return err
 	}
 	rng := rand.New(rand.NewSource(seed))
 	v := NewVolume(s, VolumeOptions{})
@@ -86,10 +94,11 @@ func TestKillChild(t *testing.T) {
 			err = s.SaveMissing()
 		}
 		if err != nil {
-			t.Fatal(err)
+			return err
 		}
 		say("did %d %d", n, stamp)
 	}
+	return nil
 }
 
 func TestKilledAtEachPoint(t *testing.T) {
@@ -102,7 +111,7 @@ func TestKilledAtEachPoint(t *testing.T) {
 	for _, point := range killPoints {
 		for _, after := range []int{0, 3} {
 			seed++
-			cmd := exec.Command(os.Args[0], "-test.run=^TestKillChild$", "-test.v")
+			cmd := exec.Command(os.Args[0])
 			cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s,%s,%d,%d", killEnv, dir, point, after, seed))
 			out, err := cmd.StdoutPipe()
 			if err != nil {
