@@ -192,5 +192,5 @@ func TestSoakPostgres(t *testing.T) {
 	v.Agent(2 * time.Minute).close()
 	w.Perdure(other, "vm", "stop", v.Name)
 	v.Wait("state=stopped", 3*time.Minute)
-	v.CheckReplica(other)
+	v.CheckReplica(v.Show().Primary) // on a busy machine it may have moved since
 }
