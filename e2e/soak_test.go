@@ -67,3 +67,6 @@ var soakFaults = []fault{
 	{"witness power off", func(w *World, _ *VM, _ string) { w.PowerOff(lab.Witness) },
 		func(w *World, _ *VM, _ string) { w.PowerOn(lab.Witness); w.WaitCluster() }},
 }
+
+// TestSoakMirror strikes a VM of level ca in every way.
+func TestSoakMirror(t *testing.T) { mirrorFaults(t, true) }
