@@ -75,10 +75,11 @@ type activity struct {
 	cache sumCache
 
 	// Of the goroutine that is busy.
-	seq     uint64
-	buf     []byte
-	news    []int32
-	victims []int32
+	seq        uint64
+	buf        []byte
+	news       []int32
+	victims    []int32
+	unreadable int // of the victims of the last leave: how many have checksums in doubt whose blocks cannot be read
 }
 
 type extentState uint8
@@ -524,13 +525,18 @@ func (a *activity) makeRoom(need int, first, last int64) error {
 	if err := a.leave(a.victims); err != nil {
 		return err
 	}
-	stuck := 0
-	for _, i := range a.victims {
-		if e := &a.entries[i]; e.state == exHot && e.doubt != nil && e.refs == 0 {
-			stuck++
+	if a.unreadable == len(a.victims) && len(a.free) == 0 {
+		// None of these will ever leave. Others may, when their writes have ended or
+		// the peer has reported them.
+		for i := range a.entries {
+			if e := &a.entries[i]; e.doubt == nil && (e.no < first || e.no > last) {
+				if !a.ready(e) {
+					a.askPeer()
+					a.wait()
+				}
+				return nil
+			}
 		}
-	}
-	if stuck == len(a.victims) && len(a.free) == 0 {
 		return fmt.Errorf("no room in the activity log of %s: blocks whose checksums are in doubt cannot be read: %w", a.s.id, syscall.EIO)
 	}
 	if a.attached && len(a.free) < len(a.entries)/8 {
@@ -549,7 +555,7 @@ func boolInt(b bool) int {
 // leave takes victims, which are ready, out of the log. mu is held, but not all
 // along; nobody is busy.
 func (a *activity) leave(victims []int32) error {
-	a.busy = true
+	a.busy, a.unreadable = true, 0
 	for _, i := range victims {
 		a.entries[i].state = exLeaving
 	}

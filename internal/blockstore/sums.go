@@ -213,8 +213,11 @@ func (s *Store) saveSums(victims []int32) error {
 		a.mu.Lock()
 		no, page, doubt, leaving := e.no, e.page, e.doubt, e.state == exLeaving
 		a.mu.Unlock()
-		if doubt != nil && leaving && !s.reassure(e) {
-			continue
+		if doubt != nil && leaving {
+			if err := s.reassure(e); err != nil {
+				a.unreadable++ // it stays; whether that is an error is for makeRoom to say
+				continue
+			}
 		}
 		a.mu.Lock()
 		write := e.state == exLeaving && e.dirty && e.doubt == nil
@@ -243,9 +246,10 @@ func (s *Store) saveSums(victims []int32) error {
 	return nil
 }
 
-// reassure computes the checksums in doubt of an extent that is leaving. It
-// reports whether none is left: nobody came to write there, and all can be read.
-func (s *Store) reassure(e *extent) bool {
+// reassure computes the checksums in doubt of an extent that is leaving. The doubts
+// stay where somebody came to write there, which is no error, or where a block
+// cannot be read.
+func (s *Store) reassure(e *extent) error {
 	a := &s.act
 	a.mu.Lock()
 	no, doubt := e.no, e.doubt
@@ -263,7 +267,7 @@ func (s *Store) reassure(e *extent) bool {
 		if off >= data {
 			length, h, err := s.Extent(off, min((no+1)*ExtentSize, s.size)-off)
 			if err != nil {
-				return false
+				return err
 			}
 			data, hole = off+length, h
 		}
@@ -272,20 +276,20 @@ func (s *Store) reassure(e *extent) bool {
 			continue
 		}
 		if _, err := s.raw.ReadAt(buf[:], off); err != nil {
-			return false
+			return err
 		}
 		fresh[n] = sumOf(buf[:])
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if e.state != exLeaving || e.doubt == nil {
-		return e.doubt == nil
+		return nil
 	}
 	for n, sum := range fresh {
 		atomic.StoreUint32(&e.page[n], sum)
 	}
 	a.trust(e)
-	return true
+	return nil
 }
 
 // trust ends the doubts about an extent. mu is held.
