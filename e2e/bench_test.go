@@ -159,6 +159,11 @@ func (v *VM) settle() {
 
 func msOf(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
+// window is how many checkpoints the quantiles of vm show cover: that many have to
+// pass before they speak of nothing but the load, and no more of the first epochs
+// and the trial of the new standby.
+const window = 1024
+
 func (b *bench) idle(w *World) {
 	var p50 [2]float64
 	for i, mem := range []string{"256M", "4G"} {
@@ -168,8 +173,8 @@ func (b *bench) idle(w *World) {
 		start := time.Now()
 		w.Eventually(5*time.Minute, "checkpoints", func() error {
 			n := v.Show().Checkpoint.Count - before.Checkpoint.Count
-			if n < 200 || time.Since(start) < b.seconds() {
-				return fmt.Errorf("%d of 200", n)
+			if n < window || time.Since(start) < b.seconds() {
+				return fmt.Errorf("%d of %d", n, window)
 			}
 			return nil
 		})
@@ -193,11 +198,8 @@ func (b *bench) idle(w *World) {
 }
 
 // dirty measures the pause under a load that dirties some 2,000 pages in each
-// epoch: it writes into each page of 8 MiB, again and again, without a break. The
-// quantiles of vm show are those of the last 1,024 checkpoints, so that many have
-// to pass before they speak of nothing but the load.
+// epoch: it writes into each page of 8 MiB, again and again, without a break.
 func (b *bench) dirty(w *World) {
-	const window = 1024
 	v := w.CreateVM(VMOptions{Append: "perdure.tick=0"}).Protected()
 	v.settle()
 	v.Say("dirty 0 600 8")

@@ -202,9 +202,9 @@ func (s *Server) fsck(args []string) (string, error) {
 		return "", errNoDisk
 	}
 	l := &s.logs[i]
-	l.close()
-	l.mu.Lock() // appends wait until the disk is back
+	l.mu.Lock() // appends wait until the disk is back; one that is under way must not open the file again
 	defer l.mu.Unlock()
+	l.closeLocked()
 	return s.Machine.Fsck(s.Data[i])
 }
 

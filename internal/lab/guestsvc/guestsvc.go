@@ -256,6 +256,11 @@ func (l *logFile) append(path string, line []byte) (int, error) {
 func (l *logFile) close() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.closeLocked()
+}
+
+// closeLocked is close for who holds mu.
+func (l *logFile) closeLocked() {
 	if l.f != nil {
 		l.f.Close()
 		l.f = nil
