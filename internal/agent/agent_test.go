@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -46,14 +47,28 @@ func hostConfig(t *testing.T, name string, role config.Role) config.Config {
 	c.BootWait = config.Duration(1500 * time.Millisecond)
 	c.LAN.Address = "127.0.0.1"
 	for _, p := range []*int{&c.LAN.APIPort, &c.LAN.EtcdPeerPort, &c.LAN.EtcdClientPort} {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		*p = l.Addr().(*net.TCPAddr).Port
-		defer l.Close()
+		*p = freePort(t)
 	}
 	return c
+}
+
+var lastPort atomic.Int32
+
+// freePort returns a port that nobody listens on. It is below those that the
+// kernel gives to outgoing connections, so that none of the many that tests make
+// side by side takes it before its owner does.
+func freePort(t *testing.T) int {
+	t.Helper()
+	const first, count = 20000, 12000
+	for range count {
+		port := first + (os.Getpid()*97+int(lastPort.Add(1)))%count
+		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
+			l.Close()
+			return port
+		}
+	}
+	t.Fatal("no free port")
+	return 0
 }
 
 // shortDir keeps socket paths below their limit, which t.TempDir does not.
@@ -253,6 +268,7 @@ func (h *host) create(req api.CreateVM) {
 }
 
 func TestClusterSetup(t *testing.T) {
+	t.Parallel()
 	a, b, w := trio(t)
 	ctx := t.Context()
 	c, err := b.ag.Cluster(ctx)
@@ -329,6 +345,7 @@ func wantErr(t *testing.T, what string, err error, class api.Class, part string)
 }
 
 func TestProtectedLife(t *testing.T) {
+	t.Parallel()
 	testenv.Root(t)
 	a, b, w := trio(t)
 	ctx := t.Context()
@@ -444,6 +461,7 @@ func TestProtectedLife(t *testing.T) {
 }
 
 func TestSurvivorRight(t *testing.T) {
+	t.Parallel()
 	a, b, w := trio(t)
 	a.create(api.CreateVM{Name: "v1", Level: model.LevelFT, Memory: 16 << 20, Start: true})
 	a.await("v1", "duplex", duplex)
@@ -480,6 +498,7 @@ func TestSurvivorRight(t *testing.T) {
 }
 
 func TestOrphanAndFailingStart(t *testing.T) {
+	t.Parallel()
 	a := firstHost(t)
 	a.create(api.CreateVM{Name: "v1", Memory: 16 << 20, Disks: []api.CreateDisk{{Size: 1 << 20}}, Start: true})
 	rec := a.await("v1", "simplex", simplex)
@@ -530,6 +549,7 @@ func TestOrphanAndFailingStart(t *testing.T) {
 }
 
 func TestPowerLossOfBoth(t *testing.T) {
+	t.Parallel()
 	a, b, _ := trio(t)
 	a.create(api.CreateVM{Name: "v1", Level: model.LevelFT, Memory: 16 << 20, Disks: []api.CreateDisk{{Size: 1 << 20}}, Start: true})
 	// A fake shim does not write the replica's own metadata; a VM with a disk
@@ -557,6 +577,7 @@ func TestPowerLossOfBoth(t *testing.T) {
 }
 
 func TestWithoutQuorumNothingIsTouched(t *testing.T) {
+	t.Parallel()
 	a, b, w := trio(t)
 	a.create(api.CreateVM{Name: "v1", Level: model.LevelFT, Memory: 16 << 20, Start: true})
 	a.await("v1", "duplex", duplex)
@@ -592,6 +613,7 @@ func TestWithoutQuorumNothingIsTouched(t *testing.T) {
 }
 
 func TestCreateRefuses(t *testing.T) {
+	t.Parallel()
 	qemuImg := testenv.Tool(t, "qemu-img")
 	a := firstHost(t)
 	ctx, dir := t.Context(), t.TempDir()
@@ -683,6 +705,7 @@ func TestCreateRefuses(t *testing.T) {
 // TestProtectionThatBeginsLate has a shim that accepts an attempt some time
 // before the record says so: that is no failure, and nobody is told of one.
 func TestProtectionThatBeginsLate(t *testing.T) {
+	t.Parallel()
 	testenv.Root(t)
 	ctx := t.Context()
 	a := firstHost(t)
@@ -727,6 +750,7 @@ func TestProtectionThatBeginsLate(t *testing.T) {
 // TestProtectionThatFails has a standby that never comes to be: people are told
 // at once and until the VM is protected, also while the next attempt is under way.
 func TestProtectionThatFails(t *testing.T) {
+	t.Parallel()
 	testenv.Root(t)
 	ctx := t.Context()
 	a := firstHost(t)

@@ -28,6 +28,7 @@ func TestAskALink(t *testing.T) {
 }
 
 func TestHostShowsALinks(t *testing.T) {
+	t.Parallel()
 	a := firstHost(t)
 	joined(t, a, "b", config.RoleHost)
 	eventually(t, "the link to b is measured", 40*time.Second, func() bool {

@@ -35,6 +35,7 @@ func TestNeeds(t *testing.T) {
 // TestReplaceHost is the replacement of a dead host: it is refused as long as
 // the host is needed, then its name is free, and the dead one is a stranger.
 func TestReplaceHost(t *testing.T) {
+	t.Parallel()
 	testenv.Root(t)
 	a, b, _ := trio(t)
 	ctx := t.Context()

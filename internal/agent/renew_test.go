@@ -44,6 +44,7 @@ func (h *host) age(ca *host) {
 // TestCertificatesRenew: one that holds the authority's key renews its own, the
 // witness, which does not, has another do it.
 func TestCertificatesRenew(t *testing.T) {
+	t.Parallel()
 	a := firstHost(t)
 	w := joined(t, a, "w", config.RoleWitness)
 	eventually(t, "both are known", 40*time.Second, func() bool {

@@ -45,6 +45,7 @@ func (h *host) tracks(name string, want api.Tracking) api.Host {
 }
 
 func TestFailedProofRefusesLevelFT(t *testing.T) {
+	t.Parallel()
 	var calls atomic.Int32
 	result := Proof{Text: "3 pages differ from the guest's memory"}
 	h := provedHost(t, "", func(context.Context) (Proof, error) { calls.Add(1); return result, nil })
@@ -87,6 +88,7 @@ func TestProofThatCannotBeRun(t *testing.T) {
 
 // TestProtectionWaitsForProof has two hosts share a proof, as those of a lab do.
 func TestProtectionWaitsForProof(t *testing.T) {
+	t.Parallel()
 	testenv.Root(t)
 	file := filepath.Join(t.TempDir(), "shared", "proof.json")
 	release := make(chan struct{})

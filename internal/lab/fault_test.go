@@ -2,6 +2,7 @@ package lab
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -83,7 +84,7 @@ func connections(t *testing.T) []string {
 	t.Helper()
 	ents, err := os.ReadDir("/sys/fs/fuse/connections")
 	if err != nil {
-		t.Skipf("no fusectl: %v", err)
+		t.Fatalf("list connections of FUSE: %v", err)
 	}
 	var out []string
 	for _, e := range ents {
@@ -92,10 +93,27 @@ func connections(t *testing.T) []string {
 	return out
 }
 
+// mountFusectl makes the connections visible to the test where nobody has done so.
+func mountFusectl(t *testing.T) {
+	t.Helper()
+	const dir = "/sys/fs/fuse/connections"
+	switch err := unix.Mount("fusectl", dir, "fusectl", 0, ""); {
+	case err == nil:
+		t.Cleanup(func() {
+			if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+				t.Error(err)
+			}
+		})
+	case !errors.Is(err, unix.EBUSY): // busy: it is mounted
+		t.Fatalf("mount fusectl: %v", err)
+	}
+}
+
 func TestPowerOffWithStuckFUSE(t *testing.T) {
 	testenv.Root(t)
 	_, err := os.Stat("/dev/fuse")
 	testenv.Need(t, err == nil, "needs /dev/fuse")
+	mountFusectl(t)
 	l := up(t, Options{Hosts: 1, Agent: Program{Args: []string{"perdure", "fuse", "{state}"}}})
 	ctx := testContext(t)
 	for _, hang := range []bool{false, true} {
