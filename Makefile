@@ -25,7 +25,7 @@ build:
 ## test: everything, with real QEMU in the lab (as root); a test that cannot run is a failure
 test: setup build
 	$(GO) vet -tags bench,soak ./...
-	PERDURE_TEST_NOSKIP=1 $(GO) test -timeout 15m $(TESTFLAGS) $$($(GO) list ./... | grep -v '/e2e$$')
+	PERDURE_TEST_NOSKIP=1 $(GO) test -timeout 15m -parallel 4 $(TESTFLAGS) $$($(GO) list ./... | grep -v '/e2e$$')
 	PERDURE_TEST_NOSKIP=1 $(GO) test -p 1 -count 1 -timeout 70m $(TESTFLAGS) ./e2e
 
 ## test-unit: what needs neither root nor QEMU

@@ -27,9 +27,9 @@ func (v *VM) copies() (sent []int64, why []string) {
 // little into a disk that holds much: what is copied follows what was written,
 // and each copy is good to go on from.
 func TestResync(t *testing.T) {
-	const much, little = 96, 2 // MiB
+	const much, little = 48, 2 // MiB
 	w := Start(t)
-	v := w.CreateVM(VMOptions{Disks: []string{"512M"}})
+	v := w.CreateVM(VMOptions{Disks: []string{"256M"}})
 	write := func(name string, mib int) string {
 		t.Helper()
 		lines, _ := v.Within(3*time.Minute, fmt.Sprintf("sh dd if=/dev/urandom of=/data/%s bs=1M count=%d 2>/dev/null && sync && md5sum /data/%s", name, mib, name))
