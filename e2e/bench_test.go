@@ -27,6 +27,7 @@ import (
 )
 
 var (
+	benchOut     = flag.String("bench-out", "", "directory for the results")
 	benchTries   = flag.Int("bench-tries", 20, "how often each blackout is measured")
 	benchSeconds = flag.Int("bench-seconds", 20, "how long each steady state is measured")
 )

@@ -28,13 +28,6 @@ import (
 	"perdure/internal/lab/guest"
 )
 
-var (
-	benchOut = flag.String("bench-out", "", "run the benchmarks and write their results into this directory")
-	soak     = flag.Bool("soak", false, "run the long tests")
-	soakFor  = flag.Duration("soak-for", time.Hour, "how long random faults are made")
-	soakSeed = flag.Uint64("soak-seed", 0, "seed of the random faults (0: from the clock)")
-)
-
 // shared is what all tests of this process use: made by the first that needs
 // it, removed by TestMain.
 type shared struct {

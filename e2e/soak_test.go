@@ -4,12 +4,18 @@ package e2e
 
 import (
 	"context"
+	"flag"
 	"math/rand/v2"
 	"syscall"
 	"testing"
 	"time"
 
 	"perdure/internal/lab"
+)
+
+var (
+	soakFor  = flag.Duration("soak-for", time.Hour, "how long random faults are made")
+	soakSeed = flag.Uint64("soak-seed", 0, "seed of the random faults (0: from the clock)")
 )
 
 // TestSoakRandomFaults makes one fault after the other, at random, while a

@@ -20,7 +20,6 @@ var (
 	ErrArgument = errors.New("argument missing or wrong") // the caller's fault
 	ErrLevel    = errors.New("level has no second copy")  // not a protected VM
 	ErrInvalid  = errors.New("record inconsistent")       // Validate
-	errNoChange = errors.New("nothing to change")         // internal: already so
 )
 
 // Other is what is known of the memory on the other host of a pair, for StartFromDisk.

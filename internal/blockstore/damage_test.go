@@ -164,7 +164,7 @@ func TestRepairWaitsForWrites(t *testing.T) {
 		go func() { wrote <- s.WriteAt(filled(2, BlockSize), 0) }()
 		select {
 		case err := <-wrote:
-			return fmt.Errorf("a write went by a repair: %v", err)
+			return fmt.Errorf("a write went by a repair: %w", err)
 		default:
 		}
 		copy(p, filled(1, BlockSize))

@@ -13,7 +13,6 @@ import (
 
 	"pgregory.net/rapid"
 
-	"perdure/internal/bitmap"
 	"perdure/internal/model"
 	"perdure/internal/vfs"
 )
@@ -28,7 +27,6 @@ type pair struct {
 	cuts      []*EpochWrites
 	snaps     [][]byte // disk at each cut
 	epoch     model.Epoch
-	dirty     *bitmap.Bitmap // chunks whose image differs from what tracking last saw
 	lastImage []byte
 }
 

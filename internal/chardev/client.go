@@ -113,13 +113,13 @@ func (p *Port) Attach(ctx context.Context, rw io.ReadWriter, history bool) error
 	cancel()
 	closer, closes := rw.(io.Closer)
 	if closes {
-		closer.Close() // what it says of the connection's end, err says better
+		_ = closer.Close() // what it says of the connection's end, err says better
 	}
 	if closes && !inputEnded {
-		<-input
+		<-input //nolint:errcheck // it came from closing
 	}
 	if !outputEnded && (closes || inputEnded) {
-		<-output
+		<-output //nolint:errcheck // as above
 	}
 	if err != nil {
 		return fmt.Errorf("attach: %w", err)

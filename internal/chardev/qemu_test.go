@@ -3,7 +3,6 @@ package chardev_test
 import (
 	"bytes"
 	"context"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -184,7 +183,7 @@ func lines(t *testing.T, name string, b []byte) (first, count int) {
 		n, err := strconv.Atoi(string(l[i+len(name):]))
 		check(t, err)
 		if count > 0 && n != next {
-			t.Fatal(fmt.Sprintf("%sline %d comes after %d", name, n, next-1))
+			t.Fatalf("%sline %d comes after %d", name, n, next-1)
 		}
 		if count == 0 {
 			first = n

@@ -131,7 +131,6 @@ type app struct {
 
 	output                        string
 	socket, server, cert, key, ca string
-	requestTimeout                time.Duration
 	clientMade                    *api.Client
 	now                           func() time.Time
 }

@@ -211,7 +211,7 @@ func (s *consoleSession) show(conn net.Conn, again bool) error {
 			return werr
 		}
 		if err != nil {
-			return nil
+			return nil //nolint:nilerr // the stream has ended, and is asked for anew
 		}
 	}
 }

@@ -94,7 +94,7 @@ func (r *Run) loadOne(ctx context.Context, k int, left *atomic.Int64) error {
 		c, err := r.dial(ctx)
 		if err != nil {
 			if ctx.Err() != nil {
-				return nil
+				return nil //nolint:nilerr // the load was told to end
 			}
 			return err
 		}

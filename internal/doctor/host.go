@@ -314,7 +314,7 @@ func checkClock(ctx context.Context) Result {
 	if err := errors.Join(err0, err1); err != nil {
 		return failed("clocks cannot be read: "+err.Error(), "use a kernel with CLOCK_BOOTTIME")
 	}
-	if time.Duration(r0) < time.Date(2024, 1, 1, 0, 0, 0, 0, time.UTC).Sub(time.Unix(0, 0)) {
+	if r0 < time.Date(2024, 1, 1, 0, 0, 0, 0, time.UTC).Sub(time.Unix(0, 0)) {
 		return failed("the clock says "+time.Unix(0, int64(r0)).UTC().Format(time.DateOnly)+": certificates will not be valid", "set the clock (chrony, systemd-timesyncd)")
 	}
 	t := time.NewTimer(500 * time.Millisecond)

@@ -136,7 +136,7 @@ func startFlusher(cfg Config) (_ *flusher, err error) {
 	}
 	f.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := f.cmd.Start(); err != nil {
-		unix.Munmap(f.shared)
+		_ = unix.Munmap(f.shared) // the start's error says more
 		return nil, fmt.Errorf("start helper: %w", err)
 	}
 	go func() {

@@ -92,7 +92,7 @@ func (g *Gate) connect() error {
 func (g *Gate) flush() error {
 	err := g.conn.Flush()
 	if err != nil {
-		g.conn.CloseLasting()
+		_ = g.conn.CloseLasting() // a new one takes its place
 		err = errors.Join(err, g.connect())
 	}
 	return err

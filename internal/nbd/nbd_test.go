@@ -256,7 +256,7 @@ func TestHandshake(t *testing.T) {
 		t.Fatal(r.errno)
 	}
 	c.send(t, requestBytes(cmdDisc, 0, 0, 0, 0, nil))
-	if n, err := c.Read(make([]byte, 1)); err != io.EOF {
+	if n, err := c.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Fatalf("after DISC: %d %v", n, err)
 	}
 

@@ -126,7 +126,7 @@ func Divert(ctx context.Context, q Commander, nicID, sockDir string, o Options) 
 	}
 	d := &Diverter{nic: nicID, opt: o, q: q, arrived: make(chan struct{}, 1), done: make(chan struct{}), pool: newPool()}
 	if err := d.setUp(ctx, sockDir); err != nil {
-		d.tearDown(context.WithoutCancel(ctx))
+		_ = d.tearDown(context.WithoutCancel(ctx)) // of what may be half there; the first error says why
 		return nil, fmt.Errorf("divert output of %s: %w", nicID, err)
 	}
 	return d, nil

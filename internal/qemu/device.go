@@ -223,8 +223,8 @@ func (q *QMP) loadDevices(ctx context.Context, data []byte) error {
 		written <- errors.Join(err, w.Close())
 	}()
 	defer func() {
-		w.Close() // whatever QEMU does with its end, the writer goes on
-		<-written
+		_ = w.Close() // whatever QEMU does with its end, the writer goes on
+		<-written //nolint:errcheck // QEMU tells whether the state was whole
 	}()
 	if err := q.do(ctx, "migrate-incoming", map[string]string{"uri": "fd:state"}); err != nil {
 		return err

@@ -72,8 +72,9 @@ func Prove(ctx context.Context, dir string, o Options) (r Result, err error) {
 	}
 	defer func() {
 		q.Close()
-		proc.Kill()
-		proc.Wait(context.WithoutCancel(ctx))
+		err = errors.Join(err, proc.Kill())
+		_, werr := proc.Wait(context.WithoutCancel(ctx))
+		err = errors.Join(err, werr)
 	}()
 	if err := ram.Attach(); err != nil {
 		return r, err
@@ -97,8 +98,7 @@ func startGuest(ctx context.Context, dir, mem string, o Options) (*qemu.Process,
 	}
 	q, err := qemu.DialQMP(ctx, filepath.Join(dir, "qmp"), proc.LogTail)
 	if err != nil {
-		proc.Kill()
-		return nil, nil, err
+		return nil, nil, errors.Join(err, proc.Kill())
 	}
 	return proc, q, nil
 }

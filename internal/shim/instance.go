@@ -50,7 +50,6 @@ type instance struct {
 	taps     []string
 	undo     []func()
 	bound    chan struct{} // held output crossed its bound
-	devices  []byte        // buffer of the last saved device state
 
 	closeOnce sync.Once
 
@@ -120,7 +119,11 @@ func (i *instance) makeTaps() error {
 		if err := hostnet.CreateTap(tap, nic.Bridge, i.cfg.Spec.Name+" "+nic.ID); err != nil {
 			return err
 		}
-		i.onClose(func() { hostnet.DeleteTap(tap) })
+		i.onClose(func() {
+			if err := hostnet.DeleteTap(tap); err != nil {
+				i.log.Warn("remove tap", "tap", tap, "error", err)
+			}
+		})
 		i.taps = append(i.taps, tap)
 		if !i.paired() {
 			continue

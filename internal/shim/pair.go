@@ -124,13 +124,6 @@ func (pr *pair) inFlight() int {
 // they hold back further captures as unacknowledged ones do.
 const maxUnreleased = 4
 
-// unreleased is how many captured epochs have not left yet.
-func (pr *pair) unreleased() int {
-	pr.mu.Lock()
-	defer pr.mu.Unlock()
-	return len(pr.flights)
-}
-
 func (pr *pair) isLeft() bool {
 	pr.mu.Lock()
 	defer pr.mu.Unlock()

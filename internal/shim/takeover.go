@@ -95,7 +95,7 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 	if err := st.inst.qmp.LoadDevices(s.ctx, c.dev); err != nil {
 		fail(fmt.Errorf("load device state of epoch %d: %w", c.epoch, err))
 		st.endReceiving()
-		<-line
+		<-line //nolint:errcheck // this side ends with the first error
 		return
 	}
 	if err := s.awaitLine(line, st); err != nil {

@@ -91,7 +91,10 @@ func decodeHello(b []byte) (hello, error) {
 type runBytes [16]byte
 
 func packRun(r model.RunID) (b runBytes) {
-	hex.Decode(b[:], []byte(r))
+	// What is no run id packs to what equals none: whoever gets it refuses it.
+	if n, err := hex.Decode(b[:], []byte(r)); err != nil || n != len(b) {
+		return runBytes{}
+	}
 	return b
 }
 
@@ -214,8 +217,12 @@ func unpackDevices(h endHeader, wire, prev []byte) ([]byte, error) {
 	if h.DevLen > maxDevices {
 		return nil, fmt.Errorf("device state of epoch %d: %d bytes, at most %d allowed", h.Epoch, h.DevLen, maxDevices)
 	}
-	if n, err := s2.DecodedLen(wire); err != nil || n != int(h.DevLen) {
-		return nil, fmt.Errorf("device state of epoch %d: decodes to %d bytes, want %d (%v)", h.Epoch, n, h.DevLen, err)
+	n, err := s2.DecodedLen(wire)
+	if err != nil {
+		return nil, fmt.Errorf("device state of epoch %d: %w", h.Epoch, err)
+	}
+	if n != int(h.DevLen) {
+		return nil, fmt.Errorf("device state of epoch %d: decodes to %d bytes, want %d", h.Epoch, n, h.DevLen)
 	}
 	dev, err := s2.Decode(nil, wire)
 	if err != nil {

@@ -262,8 +262,6 @@ func (h *testHost) start() {
 type testWriter struct {
 	t      *testing.T
 	prefix string
-	mu     sync.Mutex
-	closed bool
 }
 
 func (w *testWriter) Write(p []byte) (int, error) {

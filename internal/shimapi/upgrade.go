@@ -30,7 +30,9 @@ func Upgrade(ctx context.Context, network, addr, path string) (net.Conn, error) 
 // UpgradeConn does the same on a connection that exists already. The caller
 // closes c when this fails.
 func UpgradeConn(c net.Conn, path string) (net.Conn, error) {
-	c.SetDeadline(time.Now().Add(10 * time.Second))
+	if err := c.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		return nil, fmt.Errorf("ask for stream %s: %w", path, err)
+	}
 	if _, err := fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: unix\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n", path, UpgradeProtocol); err != nil {
 		return nil, fmt.Errorf("ask for stream %s: %w", path, err)
 	}
@@ -42,7 +44,9 @@ func UpgradeConn(c net.Conn, path string) (net.Conn, error) {
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		return nil, fmt.Errorf("open stream %s: %s", path, resp.Status)
 	}
-	c.SetDeadline(time.Time{})
+	if err := c.SetDeadline(time.Time{}); err != nil {
+		return nil, fmt.Errorf("open stream %s: %w", path, err)
+	}
 	return &stream{Conn: c, r: br}, nil
 }
 
@@ -61,7 +65,10 @@ func AcceptUpgrade(w http.ResponseWriter, r *http.Request) (net.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("accept stream: %w", err)
 	}
-	c.SetDeadline(time.Time{})
+	if err := c.SetDeadline(time.Time{}); err != nil {
+		c.Close()
+		return nil, fmt.Errorf("accept stream: %w", err)
+	}
 	if _, err := fmt.Fprintf(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n", UpgradeProtocol); err != nil {
 		c.Close()
 		return nil, fmt.Errorf("accept stream: %w", err)
