@@ -224,7 +224,7 @@ func (q *QMP) loadDevices(ctx context.Context, data []byte) error {
 	}()
 	defer func() {
 		_ = w.Close() // whatever QEMU does with its end, the writer goes on
-		<-written //nolint:errcheck // QEMU tells whether the state was whole
+		<-written     //nolint:errcheck // QEMU tells whether the state was whole
 	}()
 	if err := q.do(ctx, "migrate-incoming", map[string]string{"uri": "fd:state"}); err != nil {
 		return err
