@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"perdure/internal/blockstore"
@@ -47,6 +48,9 @@ type instance struct {
 	clean    []bool // by disk: its last user had closed it properly
 	vols     []*blockstore.Volume
 	mirror   *mirror.Source // level ca: the disks as the guest sees them
+	carrier  atomic.Pointer[diskCarrier]
+	watches  []*vfs.Watch  // by disk, level ca
+	nbdCut   chan struct{} // ends the connections to the disks
 	taps     []string
 	undo     []func()
 	bound    chan struct{} // held output crossed its bound
@@ -54,6 +58,7 @@ type instance struct {
 	closeOnce sync.Once
 
 	mu      sync.Mutex
+	fresh   []*blockstore.Store // opened since the start
 	running bool
 	since   time.Time     // of running
 	ran     time.Duration // before
@@ -82,7 +87,7 @@ func tapNames(spec model.VMSpec) []string {
 // standby, and waits for a state where there will be one. On failure nothing is
 // left behind.
 func build(ctx context.Context, cfg shimapi.Config, incoming bool, lock *os.File, helper []string, log *slog.Logger) (inst *instance, err error) {
-	i := &instance{cfg: cfg, log: log, ft: cfg.Spec.Level == model.LevelFT, bound: make(chan struct{}, 1)}
+	i := &instance{cfg: cfg, log: log, ft: cfg.Spec.Level == model.LevelFT, bound: make(chan struct{}, 1), nbdCut: make(chan struct{}, 1)}
 	defer func() {
 		if err != nil {
 			i.close()
@@ -166,7 +171,7 @@ func (i *instance) openDisks(incoming bool) error {
 				return err
 			}
 		}
-		st, err := blockstore.Open(vfs.OS{}, dir, d.ID, blockstore.Options{})
+		st, err := blockstore.Open(i.diskFS(), dir, d.ID, blockstore.Options{})
 		if err != nil {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
@@ -191,7 +196,7 @@ func (i *instance) openDisks(incoming bool) error {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		if err := nbd.Serve(ctx, ln, exports, nbd.Options{}); err != nil && ctx.Err() == nil {
+		if err := nbd.Serve(ctx, ln, exports, nbd.Options{Cut: i.nbdCut}); err != nil && ctx.Err() == nil {
 			i.log.Error("disk server ended", "error", err)
 		}
 	}()

@@ -173,8 +173,12 @@ func (pr *pair) receive() {
 			pr.unsound(err)
 			return
 		}
-		if m.Kind == kindMirrored {
-			if err := pr.p.inst.mirror.Done(m.Payload); err != nil {
+		if m.Kind == kindMirrored || m.Kind == kindMirrorData {
+			take := pr.p.inst.mirror.Done
+			if m.Kind == kindMirrorData {
+				take = pr.p.inst.mirror.Data
+			}
+			if err := take(m.Payload); err != nil {
 				pr.unsound(err)
 				return
 			}
@@ -223,7 +227,7 @@ func (pr *pair) onUrgent(kind uint8, payload []byte) {
 				Text:   fmt.Sprintf("host %s: %s", pr.host, text),
 				Action: "none: the secondary is filled anew; if it comes back, check the memory of both hosts"})
 			pr.markLost()
-			s.post(authority.EvUnprotect{Reason: text})
+			pr.giveUpPair(text)
 		}()
 	}
 }
@@ -301,7 +305,9 @@ func (pr *pair) beat() {
 		oldest = max(oldest, time.Since(c.done))
 	}
 	if m := pr.p.inst.mirror; m != nil {
-		oldest = m.Oldest()
+		if oldest = m.Oldest(); pr.p.carries() {
+			oldest = 0 // slow or not, it holds the only good copy
+		}
 	}
 	slow := pr.slow.Observe(bootNow(), oldest)
 	pr.mu.Unlock()
