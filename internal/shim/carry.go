@@ -103,7 +103,8 @@ func (c *diskCarrier) lost(n int, err error) bool {
 	c.why[n] = err
 	c.mu.Unlock()
 	c.tell(func() {
-		p.s.tl.add("disk-lost", 0, 0, "disk %s of this host has failed: %v", p.diskID(n), err)
+		p.s.log.Error("disk lost", "disk", p.diskID(n), "error", err)
+		p.s.tl.add(lostEvent(err), 0, 0, "disk %s of this host has failed: %s", p.diskID(n), diskCause(err))
 		c.showProblem()
 		p.s.post(authority.EvReplicaLost{Reason: fmt.Sprintf("disk %s: %v", p.diskID(n), err)})
 	})
@@ -120,7 +121,7 @@ func (c *diskCarrier) showProblem() {
 	for n := range p.s.cfg.Spec.Disks {
 		if err := c.why[n]; err != nil {
 			ids = append(ids, p.diskID(n))
-			why = append(why, fmt.Sprintf("%s: %v", p.diskID(n), err))
+			why = append(why, diskCause(err))
 		}
 	}
 	c.mu.Unlock()

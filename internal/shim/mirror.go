@@ -177,6 +177,7 @@ func (st *standby) newTarget() *mirror.Target {
 	}
 	return mirror.NewTarget(st.inst.replicas(), send(kindMirrored), send(kindMirrorData), func(err error) {
 		if st.ctx.Err() == nil {
+			st.s.noteDiskFailed(err)
 			st.s.post(authority.EvGuestEnded{Reason: "disk of the standby: " + err.Error()})
 		}
 	})

@@ -353,6 +353,7 @@ func (pr *pair) persist(c *captured) {
 		if pr.isLost() || pr.ctx.Err() != nil {
 			return // leaving the pair does it again, and waits for a disk with room
 		}
+		pr.p.s.noteDiskFailed(err)
 		pr.p.guestEnded("disk: " + err.Error())
 		return
 	}
@@ -527,6 +528,7 @@ func (pr *pair) committer() {
 		switch a.Kind {
 		case epoch.Commit:
 			if err := pr.commit(c); err != nil && pr.ctx.Err() == nil && !pr.isLost() {
+				pr.p.s.noteDiskFailed(err)
 				pr.p.guestEnded("disk: " + err.Error())
 				return
 			}

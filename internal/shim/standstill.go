@@ -177,6 +177,7 @@ func (p *primary) onEvent(ev qemu.Event) {
 		if p.held && p.pair != nil && !p.pair.isLost() {
 			// The other host's disk works, and there the request is made again. (At level
 			// ca the mirror turns to it by itself: what it reports failed on both.)
+			p.s.noteGuestError(ev.Data)
 			p.guestEnded("disk of this host: " + string(ev.Data))
 			return
 		}
