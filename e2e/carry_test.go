@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -76,18 +77,15 @@ func (v *VM) replica(host string, state model.ReplicaState, code string, there b
 	var vm api.VM
 	v.w.Eventually(limit, fmt.Sprintf("replica on %s %s, problem %s: %v", host, state, code, there), func() error {
 		vm = v.Show()
-		got := false
-		for _, p := range vm.Problems {
-			if p.Code == code {
-				got = true
-				v.w.T.Logf("problem %s: %s (to do: %s)", p.Code, p.Text, p.Action)
-			}
-		}
+		got := slices.ContainsFunc(vm.Problems, func(p model.Problem) bool { return p.Code == code })
 		if vm.State != model.StateRunning || vm.Mode != model.ModeDuplex || got != there || vm.Disks[0].Replicas[host] != state {
 			return fmt.Errorf("%s, %s, replicas %v, problems %+v", vm.State, vm.Mode, vm.Disks[0].Replicas, vm.Problems)
 		}
 		return nil
 	})
+	for _, p := range vm.Problems {
+		v.w.T.Logf("problem %s: %s (to do: %s)", p.Code, p.Text, p.Action)
+	}
 	return vm
 }
 

@@ -31,12 +31,12 @@ func TestSoakCarryStall(t *testing.T) {
 	boot := v.Boot()
 	log := v.Log(0)
 	w.must(log.WaitAcked(w.Ctx, 50), "log")
-	w.on("a", "fsfreeze -f "+v.diskDir("a"))
+	w.on("a", "mount --bind "+v.diskDir("a")+" /mnt && fsfreeze -f /mnt")
 	thawed := false
 	thaw := func() {
 		if !thawed {
 			thawed = true
-			w.on("a", "fsfreeze -u "+v.diskDir("a"))
+			w.on("a", "fsfreeze -u /mnt; umount -l /mnt")
 		}
 	}
 	defer thaw()
@@ -49,14 +49,21 @@ func TestSoakCarryStall(t *testing.T) {
 	})
 	v.replica("a", model.Inconsistent, "disk-carried", true, 20*time.Second)
 	v.stays(log, boot, "its disk stood still")
-	thaw()
-	v.pullDisk("a")
+	v.pullDisk("a") // with requests that it never answered
 	v.ownDisk("a", false)
 	_, err := v.shimOp("a", shimapi.Op{Op: "disk-replace", Value: v.Show().Disks[0].ID})
 	w.must(err, "replace the disk")
 	v.replica("a", model.UpToDate, "disk-carried", false, time.Minute)
 	w.must(log.WaitAcked(w.Ctx, 50), "log with the new disk")
 	v.stays(log, boot, "its disk was replaced")
+	thaw() // what had been stuck comes through now: into the old disk only
+	w.must(log.WaitAcked(w.Ctx, 50), "log after the old disk answered")
+	v.stays(log, boot, "its old disk answered")
+	w.Perdure("a", "vm", "pause", v.Name)
+	if d := v.digests(); d[0] != d[1] {
+		t.Errorf("the replicas differ: %v", d)
+	}
+	w.Perdure("a", "vm", "resume", v.Name)
 	log.Stop()
 	v.judge(log)
 }

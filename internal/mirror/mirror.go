@@ -106,12 +106,17 @@ type Source struct {
 func NewSource(replicas []Replica) *Source {
 	s := &Source{closed: make(chan struct{}), carry: make(chan struct{})}
 	for n, r := range replicas {
-		e := &Export{s: s, n: n, size: r.Size()}
-		e.local.Store(&local{r: r, reads: true})
-		e.overlap.Store(new(ranges))
-		s.exports = append(s.exports, e)
+		s.exports = append(s.exports, s.newExport(n, r))
 	}
 	return s
+}
+
+// newExport is disk n with a whole replica on this side.
+func (s *Source) newExport(n int, r Replica) *Export {
+	e := &Export{s: s, n: n, size: r.Size()}
+	e.local.Store(&local{r: r, reads: true})
+	e.overlap.Store(new(ranges))
+	return e
 }
 
 // Export is disk n as the guest sees it.

@@ -1,7 +1,6 @@
 package shim
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -38,6 +37,7 @@ type diskCarrier struct {
 
 	mu      sync.Mutex
 	why     map[int]error // by disk: what was lost and is not back
+	granted bool          // the record says so
 	filling map[int]*model.Progress
 	begun   map[int]time.Time
 }
@@ -124,12 +124,20 @@ func (c *diskCarrier) showProblem() {
 			why = append(why, diskCause(err))
 		}
 	}
+	granted := c.granted
 	c.mu.Unlock()
 	if len(ids) == 0 {
 		p.s.tl.solved(problemCarried)
 		return
 	}
 	peer := p.s.peerHost()
+	if !granted {
+		p.s.tl.problem(model.Problem{Code: problemCarried, Severity: model.Critical,
+			Text: fmt.Sprintf("the copy on host %s of disk %s has failed (%s); what the guest writes waits until the cluster has noted that the one of host %s is the only good one",
+				p.s.cfg.Host, strings.Join(ids, ", "), strings.Join(why, "; "), peer),
+			Action: "none, it takes milliseconds; if it stays so, bring a majority of the voters back"})
+		return
+	}
 	p.s.tl.problem(model.Problem{Code: problemCarried, Severity: model.Critical,
 		Text: fmt.Sprintf("the copy on host %s of disk %s has failed (%s); the guest works on the one of host %s, which is the only good one",
 			p.s.cfg.Host, strings.Join(ids, ", "), strings.Join(why, "; "), peer),
@@ -152,9 +160,13 @@ func (s *Shim) setCarry(on bool) {
 		return
 	}
 	p.inst.mirror.Carry(on)
+	p.carrier.mu.Lock()
+	p.carrier.granted = on
+	p.carrier.mu.Unlock()
 	if !on {
 		return
 	}
+	p.carrier.showProblem()
 	s.tl.add("disk-carried", 0, 0, "the guest goes on with the disks of host %s", s.peerHost())
 	for _, n := range p.inst.mirror.Carried() {
 		p.carrier.retireStore(n)
@@ -169,6 +181,10 @@ func (c *diskCarrier) retireStore(n int) {
 	c.mu.Unlock()
 	st := c.p.inst.store(n)
 	if why == nil || st.Err() != nil {
+		return
+	}
+	if errors.Is(why, syscall.ETIMEDOUT) {
+		st.GiveUp(why) // what is written there would wait for ever
 		return
 	}
 	c.p.s.goWork(func() {
@@ -195,6 +211,18 @@ func (c *diskCarrier) recorded(r model.Replica) {
 	}
 }
 
+// dropped notes that the secondary was dropped before anything was carried: the
+// errors of this host's disks are the guest's affair.
+func (c *diskCarrier) dropped() {
+	if len(c.p.inst.mirror.Carried()) > 0 {
+		return
+	}
+	c.mu.Lock()
+	clear(c.why)
+	c.mu.Unlock()
+	c.showProblem()
+}
+
 // carries reports whether the secondary holds the only good copy of a disk.
 func (p *primary) carries() bool {
 	return p.carrier != nil && len(p.inst.mirror.Carried()) > 0
@@ -203,18 +231,29 @@ func (p *primary) carries() bool {
 // watchDisks gives up disks that do not answer any more.
 func (c *diskCarrier) watchDisks() {
 	i := c.p.inst
-	for n, w := range i.watches {
-		if w.Oldest() < stallLimit {
+	for n, d := range c.p.s.cfg.Spec.Disks {
+		i.mu.Lock()
+		w, cuts := i.watches[d.ID], i.nbdCuts
+		i.mu.Unlock()
+		if w == nil || w.Oldest() < stallLimit || !i.mirror.GiveUp(n, fmt.Errorf("no answer for %v: %w", stallLimit, syscall.ETIMEDOUT)) {
 			continue
 		}
-		if i.mirror.GiveUp(n, fmt.Errorf("no answer for %v: %w", stallLimit, syscall.ETIMEDOUT)) {
-			// What waits in the kernel waits on. QEMU connects again and asks anew.
+		for _, cut := range cuts { // what waits in the kernel waits on: QEMU connects again and asks anew
 			select {
-			case i.nbdCut <- struct{}{}:
+			case cut <- struct{}{}:
 			default:
 			}
 		}
 	}
+}
+
+// nbdCut is what ends the connections of one more server of disks.
+func (i *instance) nbdCut() <-chan struct{} {
+	cut := make(chan struct{}, 1)
+	i.mu.Lock()
+	i.nbdCuts = append(i.nbdCuts, cut)
+	i.mu.Unlock()
+	return cut
 }
 
 // store is the replica of disk n now.
@@ -231,13 +270,18 @@ func (i *instance) storeList() []*blockstore.Store {
 	return append([]*blockstore.Store(nil), i.stores...)
 }
 
-// diskFS is the file system of disk n, watched at level ca.
-func (i *instance) diskFS() vfs.FS {
+// diskFS is the file system under the replica of a disk, watched at level ca.
+func (i *instance) diskFS(id string) vfs.FS {
 	if i.cfg.Spec.Level != model.LevelCA {
 		return vfs.OS{}
 	}
 	w := vfs.NewWatch(vfs.OS{}, bootNow)
-	i.watches = append(i.watches, w)
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.watches == nil {
+		i.watches = map[string]*vfs.Watch{}
+	}
+	i.watches[id] = w
 	return w
 }
 
@@ -305,8 +349,7 @@ func (c *diskCarrier) freshStore(n int) (_ *blockstore.Store, err error) {
 	if err != nil {
 		return nil, err
 	}
-	w := vfs.NewWatch(vfs.OS{}, bootNow)
-	st, err := blockstore.Open(w, dir, d.ID, blockstore.Options{})
+	st, err := blockstore.Open(i.diskFS(d.ID), dir, d.ID, blockstore.Options{}) // the old one's is not watched any more
 	if err != nil {
 		return nil, err
 	}
@@ -315,11 +358,6 @@ func (c *diskCarrier) freshStore(n int) (_ *blockstore.Store, err error) {
 	i.mu.Unlock()
 	if _, err := st.Replay(); err != nil {
 		return nil, err
-	}
-	if st.Meta().Image != "" { // a device keeps what it held
-		if err := st.Wipe(); err != nil {
-			return nil, err
-		}
 	}
 	return st, nil
 }
@@ -330,7 +368,13 @@ func (c *diskCarrier) refill(n int, st *blockstore.Store) {
 	defer c.endFilling(n)
 	v := blockstore.NewVolume(st, blockstore.VolumeOptions{})
 	begun := time.Now()
-	err := p.inst.mirror.Refill(p.ctx, n, v, func(done int64) { c.progress(n, done) }, func() error { return c.adopt(n, st, v) })
+	var err error
+	if st.Meta().Image != "" {
+		err = st.Wipe() // a device keeps what it held
+	}
+	if err == nil {
+		err = p.inst.mirror.Refill(p.ctx, n, v, func(done int64) { c.progress(n, done) }, func() error { return c.adopt(n, st, v) })
+	}
 	if err == nil {
 		p.s.tl.add("disk-filled", 0, time.Since(begun), "disk %s is whole again on this host", id)
 		return
@@ -343,6 +387,7 @@ func (c *diskCarrier) refill(n int, st *blockstore.Store) {
 	c.why[n] = fmt.Errorf("the new one could not be filled: %w", err)
 	c.mu.Unlock()
 	st.GiveUp(err)
+	go func() { _ = st.Close() }() // its space is needed, and it may hang
 	c.showProblem()
 }
 
@@ -415,12 +460,10 @@ func (pr *pair) giveUpPair(reason string) {
 }
 
 // doDisk carries out an operation on a disk of this host.
-func (s *Shim) doDisk(ctx context.Context, op shimapi.Op) (string, error) {
+func (s *Shim) doDisk(op shimapi.Op) (string, error) {
 	p := s.primary()
 	if p == nil {
 		return "", errNotRunning
 	}
-	var text string
-	err := p.ask(ctx, func() (err error) { text, err = p.replaceDisk(op.Value); return err })
-	return text, err
+	return p.replaceDisk(op.Value)
 }

@@ -74,7 +74,9 @@ func (w *carryWorld) serve(b nbd.Backend) (stop func()) {
 	w.mu.Unlock()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- nbd.Serve(ctx, ln, map[string]nbd.Backend{"disk0": b}, nbd.Options{Grace: 20 * time.Millisecond}) }()
+	go func() {
+		done <- nbd.Serve(ctx, ln, map[string]nbd.Backend{"disk0": b}, nbd.Options{Grace: 20 * time.Millisecond})
+	}()
 	return func() {
 		cancel()
 		if err := <-done; err != nil {

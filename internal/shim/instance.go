@@ -49,8 +49,8 @@ type instance struct {
 	vols     []*blockstore.Volume
 	mirror   *mirror.Source // level ca: the disks as the guest sees them
 	carrier  atomic.Pointer[diskCarrier]
-	watches  []*vfs.Watch  // by disk, level ca
-	nbdCut   chan struct{} // ends the connections to the disks
+	watches  map[string]*vfs.Watch // by disk, level ca; guarded by mu
+	nbdCuts  []chan struct{}       // by NBD server: ends its connections; guarded by mu
 	taps     []string
 	undo     []func()
 	bound    chan struct{} // held output crossed its bound
@@ -87,7 +87,7 @@ func tapNames(spec model.VMSpec) []string {
 // standby, and waits for a state where there will be one. On failure nothing is
 // left behind.
 func build(ctx context.Context, cfg shimapi.Config, incoming bool, lock *os.File, helper []string, log *slog.Logger) (inst *instance, err error) {
-	i := &instance{cfg: cfg, log: log, ft: cfg.Spec.Level == model.LevelFT, bound: make(chan struct{}, 1), nbdCut: make(chan struct{}, 1)}
+	i := &instance{cfg: cfg, log: log, ft: cfg.Spec.Level == model.LevelFT, bound: make(chan struct{}, 1)}
 	defer func() {
 		if err != nil {
 			i.close()
@@ -171,7 +171,7 @@ func (i *instance) openDisks(incoming bool) error {
 				return err
 			}
 		}
-		st, err := blockstore.Open(i.diskFS(), dir, d.ID, blockstore.Options{})
+		st, err := blockstore.Open(i.diskFS(d.ID), dir, d.ID, blockstore.Options{})
 		if err != nil {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
@@ -194,9 +194,10 @@ func (i *instance) openDisks(incoming bool) error {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
+	cut := i.nbdCut()
 	go func() {
 		defer close(done)
-		if err := nbd.Serve(ctx, ln, exports, nbd.Options{Cut: i.nbdCut}); err != nil && ctx.Err() == nil {
+		if err := nbd.Serve(ctx, ln, exports, nbd.Options{Cut: cut}); err != nil && ctx.Err() == nil {
 			i.log.Error("disk server ended", "error", err)
 		}
 	}()

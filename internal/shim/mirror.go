@@ -124,6 +124,7 @@ func (p *primary) mirrorAlone() <-chan struct{} {
 			return
 		}
 		p.inst.mirror.Alone()
+		p.carrier.dropped()
 	})
 	return done
 }
