@@ -32,6 +32,9 @@ type local struct {
 	was   Replica // what was given up
 }
 
+// ErrUnreadable says that the peer cannot read something either; it wraps EIO.
+var ErrUnreadable = fmt.Errorf("the other host cannot read it either: %w", syscall.EIO)
+
 // errNoPeer answers what needs the peer while there is none.
 var errNoPeer = errors.New("there is no peer to read from")
 
@@ -86,6 +89,8 @@ func (e *Export) lose(l *local, err error) bool {
 		return !now.reads // somebody else has seen it fail
 	case s.owner.Lost == nil, errors.Is(err, syscall.EINVAL), errors.Is(err, context.Canceled), errors.Is(err, syscall.ESHUTDOWN):
 		return false
+	case errors.Is(err, ErrUnreadable), errors.Is(err, errNoPeer):
+		return false // giving this replica up would help nobody
 	case l.reads && !s.owner.Lost(e.n, err):
 		return false
 	}
@@ -309,7 +314,7 @@ func (s *Source) Data(payload []byte) error {
 	case h.Status == readZeroes && len(data) == 0:
 		clear(p.buf)
 	case h.Status == readFailed:
-		p.err = fmt.Errorf("the other host cannot read it either (%.200s): %w", bytes.ToValidUTF8(data, nil), syscall.EIO)
+		p.err = fmt.Errorf("%w (it says: %.200s)", ErrUnreadable, bytes.ToValidUTF8(data, nil))
 	default:
 		p.err = syscall.EIO
 		return fmt.Errorf("answer to read %d of a mirror: %d bytes of %d, status %d", h.ID, len(data), len(p.buf), h.Status)

@@ -510,3 +510,69 @@ func TestMalformedData(t *testing.T) {
 		t.Error("a bare answer to a read: taken")
 	}
 }
+
+// TestTwoDisks: each disk is carried by itself, and the owner hears that all is
+// well when the last of them is whole.
+func TestTwoDisks(t *testing.T) {
+	const size = 1 << 20
+	r := newRig(t, size)
+	more, theirs := newMem(size), newMem(size)
+	r.src = NewSource([]Replica{r.mine, more})
+	done := func(parts ...[]byte) error { return r.src.Done(bytes.Join(parts, nil)) }
+	data := func(parts ...[]byte) error { return r.src.Data(bytes.Join(parts, nil)) }
+	dst := NewTarget([]Replica{r.theirs, theirs}, done, data, func(err error) { t.Error(err) })
+	o := r.own()
+	if err := r.src.Join(func(parts ...[]byte) error { return dst.Take(bytes.Join(parts, nil)) }, func() error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	ctx := context.Background()
+	write := func(n int, b byte) {
+		t.Helper()
+		if err := r.src.Export(n).WriteAt(ctx, fill(b, 4096), 0, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.mine.failing(syscall.EIO, syscall.EIO)
+	write(1, 1)
+	if n := len(r.src.Carried()); n != 0 {
+		t.Fatalf("%d disks are carried", n)
+	}
+	r.src.Carry(true)
+	write(0, 2)
+	o.wait(t, "lost 0: input/output error")
+	write(1, 3)
+	if more.bytes(false)[0] != 3 {
+		t.Error("the good disk is not written any more")
+	}
+	more.failing(syscall.ENOSPC, nil)
+	write(1, 4)
+	o.wait(t, "lost 1: no space left on device")
+	for n := range 2 {
+		fresh := newMem(size)
+		if err := r.src.Refill(ctx, n, fresh, func(int64) {}, func() error { return nil }); err != nil {
+			t.Fatal(err)
+		}
+		write(n, 7)
+		if fresh.bytes(false)[0] != 7 {
+			t.Error("the new replica is not written")
+		}
+		if n == 0 && len(o.news) > 0 {
+			t.Errorf("the owner heard %q while the other disk is carried", <-o.news)
+		}
+	}
+	o.wait(t, "back")
+}
+
+// TestUnreadableOnBoth: what neither side can read costs no replica.
+func TestUnreadableOnBoth(t *testing.T) {
+	r := newRig(t, 64<<10)
+	o := r.own()
+	r.join()
+	r.mine.failing(nil, fmt.Errorf("block 0: %w", ErrUnreadable))
+	if err := r.src.Export(0).ReadAt(context.Background(), make([]byte, 4096), 0); !errors.Is(err, syscall.EIO) {
+		t.Errorf("read: %v", err)
+	}
+	if len(o.news)+len(r.src.Carried()) > 0 {
+		t.Error("the replica was given up")
+	}
+}

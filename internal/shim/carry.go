@@ -105,8 +105,8 @@ func (c *diskCarrier) lost(n int, err error) bool {
 	c.tell(func() {
 		p.s.log.Error("disk lost", "disk", p.diskID(n), "error", err)
 		p.s.tl.add(lostEvent(err), 0, 0, "disk %s of this host has failed: %s", p.diskID(n), diskCause(err))
-		c.showProblem()
 		p.s.post(authority.EvReplicaLost{Reason: fmt.Sprintf("disk %s: %v", p.diskID(n), err)})
+		time.AfterFunc(time.Second, c.showProblem) // that the record waits, if it does
 	})
 	return true
 }

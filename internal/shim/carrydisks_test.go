@@ -309,3 +309,59 @@ func (w *carryWorld) until(what string, ok func() bool) {
 		}
 	}
 }
+
+// rot changes a byte in an image under its store's feet.
+func (w *carryWorld) rot(side int, off int64) {
+	w.t.Helper()
+	f, err := w.mem[side].OpenRead("/d/disk0.raw")
+	w.must(err)
+	defer f.Close()
+	p := make([]byte, 1)
+	_, err = f.ReadAt(p, off)
+	w.must(err)
+	g, err := w.mem[side].Open("/d/disk0.raw")
+	w.must(err)
+	defer g.Close()
+	_, err = g.WriteAt([]byte{p[0] ^ 0x40}, off)
+	w.must(err)
+}
+
+// TestMirrorRepairsRot: a block that rots on the running side is answered from the
+// secondary's and repaired; one that rots on both is an error of the guest's, and
+// costs no replica.
+func TestMirrorRepairsRot(t *testing.T) {
+	w := &carryWorld{t: t, rnd: rand.New(rand.NewPCG(1, 1)), size: 4 << 20, news: make(chan string, 64), over: make(chan struct{})}
+	w.pair()
+	defer w.src.Close()
+	defer close(w.over)
+	e, ctx := w.src.Export(0), context.Background()
+	want := bytes.Repeat([]byte("perdure!"), 1024)
+	w.must(e.WriteAt(ctx, want, 1<<20, false))
+	w.must(e.Flush(ctx))
+	got := make([]byte, len(want))
+	w.rot(0, 1<<20+5000)
+	w.must(e.ReadAt(ctx, got, 1<<20))
+	if !bytes.Equal(got, want) {
+		t.Error("rot was served")
+	}
+	if found, repaired := w.st[0].Damage(); found == 0 || repaired != 1 {
+		t.Errorf("%d blocks found bad, %d repaired", found, repaired)
+	}
+	w.rot(0, 1<<20+100)
+	w.must(e.WriteAt(ctx, []byte("part of a block that is bad"), 1<<20+512, false))
+	copy(want[512:], "part of a block that is bad")
+	w.must(w.st[0].ReadAt(got, 1<<20))
+	if !bytes.Equal(got, want) {
+		t.Error("the rest of a block that was written in part is not repaired")
+	}
+	w.rot(0, 1<<20+4096)
+	w.rot(1, 1<<20+4096)
+	if err := e.ReadAt(ctx, got, 1<<20); !errors.Is(err, mirror.ErrUnreadable) {
+		t.Errorf("read of what is bad on both: %v", err)
+	}
+	if len(w.news)+len(w.src.Carried()) > 0 {
+		t.Error("a replica was given up for a block")
+	}
+	w.must(e.WriteAt(ctx, want, 1<<20, false)) // whole blocks: good again
+	w.must(e.ReadAt(ctx, got, 1<<20))
+}

@@ -83,14 +83,25 @@ func TestMirror(t *testing.T) {
 	w.until("whole again", 30*time.Second, func(r model.Record) bool { return r.Replicas["a"].State == model.UpToDate })
 	a.untilStatus("no problem left", 10*time.Second, func(s shimapi.Status) bool { return len(s.Problems) == 0 && len(s.Sync) == 0 })
 	a.refuses(shimapi.Op{Op: "disk-replace", Value: w.spec.Disks[0].ID})
-	boots(a)
 	a.op(shimapi.Op{Op: "pause"})
 	w.sameDisks()
 	a.op(shimapi.Op{Op: "resume"})
 
-	// It fails again, and then the host is lost.
+	// It fails again, while nothing can be decided: the guest waits, and goes on.
+	// Then the host is lost.
+	w.store.cut(true, "a")
 	a.shim.inst.store(0).Close()
-	boots(a)
+	before := strings.Count(k.String(), "PERDURE-GUEST READY")
+	a.op(shimapi.Op{Op: "reset"})
+	a.untilStatus("waits", 20*time.Second, func(s shimapi.Status) bool {
+		return len(s.Problems) == 1 && strings.Contains(s.Problems[0].Text, "waits until the cluster")
+	})
+	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		if r := w.store.get().Record; r.Replicas["a"].State != model.UpToDate || strings.Count(k.String(), "PERDURE-GUEST READY") != before {
+			t.Fatalf("the guest goes on although the record cannot say so: %+v", r)
+		}
+	}
+	w.store.cut(false, "a")
 	w.until("carried", 10*time.Second, func(r model.Record) bool { return r.Replicas["a"].State == model.Inconsistent })
 	if err := a.shim.inst.proc.Kill(); err != nil {
 		t.Fatal(err)
