@@ -64,6 +64,14 @@ func TestSoakCarryStall(t *testing.T) {
 		t.Errorf("the replicas differ: %v", d)
 	}
 	w.Perdure("a", "vm", "resume", v.Name)
+
+	// Once more; this one answers again, and nobody has to do anything.
+	w.on("a", "fsfreeze -f "+v.diskDir("a"))
+	v.replica("a", model.Inconsistent, "disk-carried", true, time.Minute)
+	w.on("a", "fsfreeze -u "+v.diskDir("a"))
+	v.replica("a", model.UpToDate, "disk-carried", false, 2*time.Minute)
+	w.must(log.WaitAcked(w.Ctx, 50), "log with the disk that answers again")
+	v.stays(log, boot, "its disk stood still for a while")
 	log.Stop()
 	v.judge(log)
 }

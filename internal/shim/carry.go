@@ -30,21 +30,31 @@ const problemCarried = "disk-carried"
 // level ca before the disk counts as failed: less than guests wait for theirs.
 const stallLimit = 20 * time.Second
 
+// A disk that was given up because it did not answer, and has answered everything
+// since, is filled anew by itself: after healAfter, and healEvery at the most.
+const (
+	healAfter = 30 * time.Second
+	healEvery = 10 * time.Minute
+)
+
 // diskCarrier is what a primary of level ca knows of its own disks.
 type diskCarrier struct {
 	p    *primary
 	news chan func() // told by the mirror, in order; see mirror.Owner
 
 	mu      sync.Mutex
-	why     map[int]error // by disk: what was lost and is not back
-	granted bool          // the record says so
+	why     map[int]error     // by disk: what was lost and is not back
+	granted bool              // the record says so
+	silent  map[int]time.Time // by disk: when it was last without an answer
+	healed  map[int]time.Time // and was last filled because it answered again
 	filling map[int]*model.Progress
 	begun   map[int]time.Time
 }
 
 // newCarrier makes p the owner of its instance's mirror.
 func newCarrier(p *primary) *diskCarrier {
-	c := &diskCarrier{p: p, news: make(chan func(), 64), why: map[int]error{}, filling: map[int]*model.Progress{}, begun: map[int]time.Time{}}
+	c := &diskCarrier{p: p, news: make(chan func(), 64), why: map[int]error{}, filling: map[int]*model.Progress{}, begun: map[int]time.Time{},
+		silent: map[int]time.Time{}, healed: map[int]time.Time{}}
 	p.goWork(func() {
 		for {
 			select {
@@ -235,7 +245,11 @@ func (c *diskCarrier) watchDisks() {
 		i.mu.Lock()
 		w, cuts := i.watches[d.ID], i.nbdCuts
 		i.mu.Unlock()
-		if w == nil || w.Oldest() < stallLimit || !i.mirror.GiveUp(n, fmt.Errorf("no answer for %v: %w", stallLimit, syscall.ETIMEDOUT)) {
+		if w == nil {
+			continue
+		}
+		c.heal(n, d.ID, w)
+		if w.Oldest() < stallLimit || !i.mirror.GiveUp(n, fmt.Errorf("no answer for %v: %w", stallLimit, syscall.ETIMEDOUT)) {
 			continue
 		}
 		for _, cut := range cuts { // what waits in the kernel waits on: QEMU connects again and asks anew
@@ -245,6 +259,30 @@ func (c *diskCarrier) watchDisks() {
 			}
 		}
 	}
+}
+
+// heal has a disk filled anew that did not answer once and does again.
+func (c *diskCarrier) heal(n int, id string, w *vfs.Watch) {
+	now := time.Now()
+	c.mu.Lock()
+	due := c.granted && errors.Is(c.why[n], syscall.ETIMEDOUT) && c.filling[n] == nil
+	if !due || w.Oldest() > stallLimit/10 {
+		c.silent[n] = now
+	}
+	due = due && now.Sub(c.silent[n]) > healAfter && now.Sub(c.healed[n]) > healEvery
+	if due {
+		c.healed[n] = now
+	}
+	c.mu.Unlock()
+	if !due {
+		return
+	}
+	c.p.goWork(func() {
+		c.p.s.tl.add("disk-answers", 0, 0, "disk %s of this host answers again", id)
+		if _, err := c.p.replaceDisk(id); err != nil && c.p.ctx.Err() == nil {
+			c.p.s.tl.add("disk-fill-failed", 0, 0, "disk %s could not be made anew: %v", id, err)
+		}
+	})
 }
 
 // nbdCut is what ends the connections of one more server of disks.
