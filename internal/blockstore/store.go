@@ -84,6 +84,7 @@ type Store struct {
 	changes, synced atomic.Uint64
 	through         throughs
 	digests         digestQueue
+	watches         watches
 	background      sync.WaitGroup
 	stopping        chan struct{} // closed by Close
 	closing         sync.Once

@@ -48,6 +48,7 @@ type instance struct {
 	vols     []*blockstore.Volume
 	mirror   *mirror.Source // level ca: the disks as the guest sees them
 	taps     []string
+	latency  latencyMeter // of the guest's disk requests
 	undo     []func()
 	bound    chan struct{} // held output crossed its bound
 
@@ -191,7 +192,7 @@ func (i *instance) openDisks(incoming bool) error {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		if err := nbd.Serve(ctx, ln, exports, nbd.Options{}); err != nil && ctx.Err() == nil {
+		if err := nbd.Serve(ctx, ln, exports, nbd.Options{Took: i.latency.took}); err != nil && ctx.Err() == nil {
 			i.log.Error("disk server ended", "error", err)
 		}
 	}()

@@ -97,6 +97,7 @@ func newPrimary(s *Shim, inst *instance, d *disks, last model.Epoch) *primary {
 	}
 	p.forward(inst.bound)
 	p.goWork(p.loop)
+	s.verify.recall()
 	return p
 }
 
@@ -531,6 +532,7 @@ func (p *primary) leavePair() {
 	p.cur = nil
 	p.mu.Unlock()
 	p.leaveMirror()
+	p.fetchNoMore()
 	if pr != nil {
 		pr.leave()
 		if err := p.disks.lost(); err != nil && p.ctx.Err() == nil {
