@@ -94,6 +94,7 @@ type Agent struct {
 	links     alinks
 	renewal   renewing // housekeep's own
 	nets      *networks
+	verifying verifying
 	changed   chan struct{} // this host's own words have changed
 
 	mu      sync.Mutex

@@ -49,6 +49,10 @@ type VerifiedRange struct {
 	Why  string `json:"why" doc:"In words"`
 }
 
+// VerifyStoppedByPerson is the Why of a verify that a person ended: the schedule does
+// not go on with it.
+const VerifyStoppedByPerson = "stopped by a person"
+
 // MaxVerifiedRanges is how many ranges a report lists for one disk.
 const MaxVerifiedRanges = 64
 

@@ -659,7 +659,7 @@ func (p *primary) protected() {
 	p.mu.Unlock()
 	if pr != nil {
 		p.s.tl.add("duplex", p.lastEpoch(), time.Since(pr.begun), "protected by host %s", pr.host)
-		for _, code := range []string{"not-protected", "secondary-slow", "pair-unsound"} {
+		for _, code := range []string{"not-protected", "secondary-slow", "pair-unsound", "split-brain", "replica-contradicts-record"} {
 			p.s.tl.solved(code)
 		}
 	}

@@ -36,7 +36,7 @@ type verifier struct {
 func newVerifier(s *Shim) *verifier { return &verifier{s: s} }
 
 // errVerifyStopped is the cause with which a person ends a verify.
-var errVerifyStopped = errors.New("stopped by a person")
+var errVerifyStopped = errors.New(model.VerifyStoppedByPerson)
 
 // reportEverySave is the distance in which the report of a verify under way is saved.
 const reportEverySave = 5 * time.Second
