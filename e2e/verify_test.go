@@ -1,0 +1,155 @@
+package e2e
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"perdure/api"
+	"perdure/internal/model"
+)
+
+// TestBitRot flips bits in replicas under a running VM: what a read of the guest
+// meets is answered from the other host and repaired, verify finds and repairs the
+// rest, both are reported, and the guest never reads anything else than it wrote.
+func TestBitRot(t *testing.T) {
+	w := Start(t)
+	for _, level := range []string{"ft", "ca"} {
+		t.Run(level, func(t *testing.T) { bitRot(w.sub(t), level) })
+	}
+}
+
+// A line of 16 bytes, of which a block holds 256.
+const rotLine = "perdure-rot-%03d" // and the end of the line
+
+func bitRot(w *World, level string) {
+	t := w.T
+	v := w.CreateVM(VMOptions{Level: level, Disks: []string{"48M"}}).Protected()
+	p, s := v.Primary(), v.Secondary()
+	const files, blocks = 3, 16
+	v.Within(3*time.Minute, fmt.Sprintf("sh for i in 001 002 003; do yes perdure-rot-$i | head -c %d >/data/rot$i; done; sync; md5sum /data/rot*", blocks*4096))
+	sums := func() string {
+		t.Helper()
+		lines, _ := v.Within(3*time.Minute, "sh echo 3 >/proc/sys/vm/drop_caches; md5sum /data/rot*")
+		return strings.Join(lines, "\n")
+	}
+	want := sums()
+	if strings.Count(want, "/data/rot") != files {
+		t.Fatalf("the guest wrote %q", want)
+	}
+	log := v.Log(20 * time.Millisecond)
+	w.must(log.WaitAcked(w.Ctx, 20), "log")
+
+	// The first file rots where the guest runs and is read, the second there too, unread;
+	// the third on the other host.
+	read, unread := v.rot(p, 1, 5), v.rot(p, 2, 7)
+	other := v.rot(s, 3, 9)
+	if level == "ft" {
+		lines, _ := v.Within(3*time.Minute, "sh echo 3 >/proc/sys/vm/drop_caches; md5sum /data/rot001")
+		if got := strings.Join(lines, ""); !strings.Contains(want, got) || got == "" {
+			t.Errorf("the guest read %q, wrote %q", got, want)
+		}
+		v.event("read-repaired")
+	}
+	out := w.Perdure(p, "disk", "verify", v.Name, "--rate", "1G", "--wait", "-o", "json")
+	var st api.VerifyStatus
+	w.must(json.Unmarshal([]byte(out), &st), "decode report")
+	_, bad, repaired, _, left := st.Report.Counts()
+	if st.Report.State != model.VerifyDone || bad != repaired || left != 0 || st.Report.Peer != s {
+		t.Errorf("verify says %s", out)
+	}
+	for off, host := range map[int64]string{unread: p, other: s} {
+		found := false
+		for _, g := range st.Report.Disks[0].Ranges {
+			found = found || g.Off <= off && off < g.Off+g.Len && g.What == "repaired" && g.Host == host
+		}
+		if !found {
+			t.Errorf("the block at %d of host %s is not in the report: %s", off, host, out)
+		}
+	}
+	v.event("repaired")
+	v.event("verified")
+	for n, off := range []int64{read, unread, other} {
+		for _, h := range []string{p, s} {
+			if !v.rotBlockHolds(h, n+1, off) {
+				t.Errorf("host %s: the block at %d is still wrong", h, off)
+			}
+		}
+	}
+	if got := sums(); got != want {
+		t.Errorf("the guest reads\n%s, wrote\n%s", got, want)
+	}
+	t.Logf("\n%s", w.Perdure(s, "disk", "verify", v.Name, "--report"))
+	if level == "ft" && st.Report.Reads.Blocks != 1 {
+		t.Errorf("%d blocks were repaired by reads", st.Report.Reads.Blocks)
+	}
+	// A second one finds nothing.
+	out = w.Perdure(p, "disk", "verify", v.Name, "disk0", "--rate", "1G", "--wait")
+	if !strings.Contains(out, "all is well") {
+		t.Errorf("a second verify says\n%s", out)
+	}
+	log.Stop()
+	v.judge(log)
+	v.sameDisks()
+	if vm := v.Show(); vm.Mode != model.ModeDuplex || vm.Primary != p || len(vm.Problems) > 0 || vm.Disks[0].Verified == nil {
+		t.Errorf("afterwards: %+v", vm)
+	}
+	v.remove()
+}
+
+func (v *VM) image(host string) string {
+	return filepath.Join(v.w.Lab.StateDir(host), "vms", v.Name, "disks", "disk0.raw")
+}
+
+// rot flips a byte of a block of one of the files, in one host's replica, and returns
+// the block's offset. Which of the file's blocks it is depends on skip.
+func (v *VM) rot(host string, file, skip int) int64 {
+	v.w.T.Helper()
+	img, err := os.ReadFile(v.image(host))
+	v.w.must(err, "read replica")
+	block := bytes.Repeat([]byte(fmt.Sprintf(rotLine, file)+"\n"), 256)
+	for off := 0; off+len(block) <= len(img); off += len(block) {
+		if !bytes.Equal(img[off:off+len(block)], block) {
+			continue
+		}
+		if skip--; skip >= 0 {
+			continue
+		}
+		f, err := os.OpenFile(v.image(host), os.O_WRONLY, 0)
+		v.w.must(err, "open replica")
+		defer f.Close()
+		_, err = f.WriteAt([]byte{img[off+1000] ^ 0x10}, int64(off)+1000)
+		v.w.must(err, "write replica")
+		return int64(off)
+	}
+	v.w.T.Fatalf("host %s has too few blocks of file %d", host, file)
+	return 0
+}
+
+// rotBlockHolds reports whether a block is what the guest wrote.
+func (v *VM) rotBlockHolds(host string, file int, off int64) bool {
+	v.w.T.Helper()
+	f, err := os.Open(v.image(host))
+	v.w.must(err, "open replica")
+	defer f.Close()
+	p := make([]byte, 4096)
+	_, err = f.ReadAt(p, off)
+	v.w.must(err, "read replica")
+	return bytes.Equal(p, bytes.Repeat([]byte(fmt.Sprintf(rotLine, file)+"\n"), 256))
+}
+
+// event waits until the events of the VM show one of a type.
+func (v *VM) event(typ string) {
+	v.w.T.Helper()
+	v.w.Eventually(20*time.Second, "event "+typ, func() error {
+		if !strings.Contains(v.events(v.w.Ctx), " "+typ+" ") {
+			return fmt.Errorf("there is none")
+		}
+		return nil
+	})
+}
