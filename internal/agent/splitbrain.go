@@ -136,6 +136,9 @@ func (a *Agent) SplitBrain(ctx context.Context, name string) (api.SplitBrain, er
 	if err != nil {
 		return api.SplitBrain{}, err
 	}
+	if cur, err := a.store.Record(ctx, name); err == nil { // without a quorum: what is known
+		v.Record = cur
+	}
 	rec := v.Record.Record
 	hosts := map[string]bool{}
 	for h := range rec.Replicas {
