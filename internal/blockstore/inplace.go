@@ -287,6 +287,9 @@ func (s *Store) Repair(off, n int64, fetch func(p []byte, off int64) error) erro
 			return &BlockError{Disk: s.id, Off: off, Len: BlockSize, Err: err}
 		}
 		s.repaired.Add(1)
+		if told := s.onRepair.Load(); told != nil {
+			(*told)(off)
+		}
 	}
 	return nil
 }

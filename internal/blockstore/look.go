@@ -105,6 +105,10 @@ func (l *Look) Replace(block int, p []byte) (bool, error) {
 	return true, nil
 }
 
+// OnRepair has f be told the offset of each block that a read or a write found damaged
+// and Repair has written anew. It is called within that request, and must be quick.
+func (s *Store) OnRepair(f func(off int64)) { s.onRepair.Store(&f) }
+
 // Close ends the Look. It may be called twice.
 func (l *Look) Close() { l.s.watches.remove(l.w) }
 

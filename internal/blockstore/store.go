@@ -78,6 +78,7 @@ type Store struct {
 	lost    bool // the activity log was damaged
 
 	badBlocks, repaired atomic.Int64
+	onRepair            atomic.Pointer[func(off int64)]
 
 	// changes counts whatever was carried out in the image, synced is the count that
 	// the last sync of the image covers.

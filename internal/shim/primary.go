@@ -98,6 +98,9 @@ func newPrimary(s *Shim, inst *instance, d *disks, last model.Epoch) *primary {
 	p.forward(inst.bound)
 	p.goWork(p.loop)
 	s.verify.recall()
+	for n, st := range inst.stores {
+		p.watchRepairs(n, st)
+	}
 	return p
 }
 

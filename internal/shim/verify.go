@@ -367,20 +367,42 @@ func (v *verifier) cancel() (string, error) {
 	return "", nil
 }
 
-// readRepaired counts a block that a read of the guest found damaged.
-func (v *verifier) readRepaired(disk string, off, n int64, host string, p scrubPeer) {
+// watchRepairs counts the blocks of a replica that requests of the guest find damaged
+// and have repaired.
+func (p *primary) watchRepairs(n int, st *blockstore.Store) {
+	if p.s.verify == nil { // in tests of what is around it
+		return
+	}
+	id := p.s.cfg.Spec.Disks[n].ID
+	st.OnRepair(func(off int64) {
+		if p.ctx.Err() == nil {
+			p.goWork(func() { p.s.verify.readRepaired(id, off) })
+		}
+	})
+}
+
+// readRepaired counts a block that a request of the guest found damaged.
+func (v *verifier) readRepaired(disk string, off int64) {
+	from, peer := "the other host", scrubPeer(nil)
+	if p := v.s.primary(); p != nil {
+		p.mu.Lock()
+		if pr := p.cur; pr != nil && pr.scrub != nil {
+			from, peer = "host "+pr.host, pr.scrub
+		}
+		p.mu.Unlock()
+	}
 	v.mu.Lock()
 	v.load()
 	if v.report == nil {
 		v.report = &model.VerifyReport{Host: v.s.cfg.Host, State: model.VerifyInterrupted, Why: "none was made yet", Disks: []model.VerifiedDisk{}}
 	}
-	v.report.Reads.Blocks += n / blockstore.BlockSize
+	v.report.Reads.Blocks++
 	v.report.Reads.Last = time.Now().UTC()
 	v.report.Reads.Where = fmt.Sprintf("%s at %d on host %s", disk, off, v.s.cfg.Host)
 	b := v.save()
 	v.mu.Unlock()
-	v.s.tl.add("read-repaired", 0, 0, "disk %s: %d bytes at %d were damaged in this host's replica; the guest was given, and the replica got, what host %s has", disk, n, off, host)
-	v.handOn(p, b)
+	v.s.tl.add("read-repaired", 0, 0, "disk %s: the block at %d was damaged in this host's replica; the guest was given, and the replica got, what %s has", disk, off, from)
+	v.handOn(peer, b)
 }
 
 // fetchFrom makes reads that meet damage here be answered from the secondary, which
@@ -400,9 +422,8 @@ func (pr *pair) fetchFrom() {
 			ctx, cancel := context.WithTimeoutCause(pr.ctx, fetchLimit, fmt.Errorf("host %s took longer than %v", pr.host, fetchLimit))
 			defer cancel()
 			if err := pr.scrub.read(ctx, n, pr.p.lastEpoch(), p, off); err != nil {
-				return fmt.Errorf("read what is damaged here from host %s: %w", pr.host, err)
+				return fmt.Errorf("read what is damaged in disk %s here from host %s: %w", id, pr.host, err)
 			}
-			pr.p.goWork(func() { pr.p.s.verify.readRepaired(id, off, int64(len(p)), pr.host, pr.scrub) })
 			return nil
 		})
 	}
