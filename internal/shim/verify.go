@@ -31,6 +31,10 @@ type verifier struct {
 	gauge  *replica.Gauge
 	begun  time.Time
 	now    int // disk that is gone over
+
+	readsMu sync.Mutex
+	reads   int64  // repairs by requests of the guest that were not told yet
+	readAt  string // the last of them
 }
 
 func newVerifier(s *Shim) *verifier { return &verifier{s: s} }
@@ -373,16 +377,30 @@ func (p *primary) watchRepairs(n int, st *blockstore.Store) {
 	if p.s.verify == nil { // in tests of what is around it
 		return
 	}
-	id := p.s.cfg.Spec.Disks[n].ID
+	id, v := p.s.cfg.Spec.Disks[n].ID, p.s.verify
 	st.OnRepair(func(off int64) {
-		if p.ctx.Err() == nil {
-			p.goWork(func() { p.s.verify.readRepaired(id, off) })
+		v.readsMu.Lock()
+		defer v.readsMu.Unlock()
+		v.reads++
+		v.readAt = fmt.Sprintf("%s at %d", id, off)
+		if v.reads == 1 && p.ctx.Err() == nil { // the others come with it
+			p.goWork(func() {
+				sleep(p.ctx, readsEvery)
+				v.noteReads()
+			})
 		}
 	})
 }
 
-// readRepaired counts a block that a request of the guest found damaged.
-func (v *verifier) readRepaired(disk string, off int64) {
+// readsEvery is for how long repairs are counted before they are told together.
+const readsEvery = time.Second
+
+// noteReads tells of the blocks that requests of the guest found damaged since the last time.
+func (v *verifier) noteReads() {
+	v.readsMu.Lock()
+	n, at := v.reads, v.readAt
+	v.reads = 0
+	v.readsMu.Unlock()
 	from, peer := "the other host", scrubPeer(nil)
 	if p := v.s.primary(); p != nil {
 		p.mu.Lock()
@@ -396,12 +414,12 @@ func (v *verifier) readRepaired(disk string, off int64) {
 	if v.report == nil {
 		v.report = &model.VerifyReport{Host: v.s.cfg.Host, State: model.VerifyInterrupted, Why: "none was made yet", Disks: []model.VerifiedDisk{}}
 	}
-	v.report.Reads.Blocks++
+	v.report.Reads.Blocks += n
 	v.report.Reads.Last = time.Now().UTC()
-	v.report.Reads.Where = fmt.Sprintf("%s at %d on host %s", disk, off, v.s.cfg.Host)
+	v.report.Reads.Where = fmt.Sprintf("%s on host %s", at, v.s.cfg.Host)
 	b := v.save()
 	v.mu.Unlock()
-	v.s.tl.add("read-repaired", 0, 0, "disk %s: the block at %d was damaged in this host's replica; the guest was given, and the replica got, what %s has", disk, off, from)
+	v.s.tl.add("read-repaired", 0, 0, "%d damaged blocks of this host's replicas, the last one of disk %s: the guest was given, and the replica got, what %s has", n, at, from)
 	v.handOn(peer, b)
 }
 
@@ -417,7 +435,7 @@ func (pr *pair) fetchFrom() {
 		return
 	}
 	for n, vol := range pr.p.inst.vols {
-		id := pr.p.s.cfg.Spec.Disks[n].ID
+		id := pr.p.s.cfg.Spec.Disks[n].ID // for the log
 		vol.SetFetch(func(p []byte, off int64) error {
 			ctx, cancel := context.WithTimeoutCause(pr.ctx, fetchLimit, fmt.Errorf("host %s took longer than %v", pr.host, fetchLimit))
 			defer cancel()
