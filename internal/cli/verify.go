@@ -189,7 +189,9 @@ func (a *app) printVerify(st api.VerifyStatus) {
 		a.say("%s: its disks were never verified", st.VM)
 		return
 	}
-	if len(r.Disks) > 0 {
+	if len(r.Disks) == 0 {
+		a.say("%s: its disks were never verified", st.VM)
+	} else {
 		_, bad, repaired, rewritten, left := r.Counts()
 		verdict := a.paint(good, "all is well")
 		switch {
