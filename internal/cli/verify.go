@@ -123,16 +123,20 @@ func parseEvery(s string) (int64, error) {
 func (a *app) awaitVerify(ctx context.Context, cl *api.Client, name string) error {
 	p := a.newProgress()
 	defer p.clear()
+	var started time.Time
 	for {
 		st, err := cl.VerifyStatus(ctx, name)
 		switch {
 		case err != nil && api.ClassOf(err) != api.Unavailable && api.ClassOf(err) != api.Timeout:
 			return err
 		case err != nil || st.Report == nil: // trouble that may pass
+		case st.Report.Started.Before(started): // of an earlier one
+			return api.Errorf(api.Unavailable, "VM %s: the verify was lost with the host that made it", name).WithAction("start it again")
 		case st.Report.State != model.VerifyRunning:
 			p.clear()
 			return a.verifyEnded(name, st)
 		default:
+			started = st.Report.Started
 			p.show("verifying "+name, a.verifyProgress(st.Report))
 		}
 		select {

@@ -113,7 +113,7 @@ func newScrubPair(t *testing.T, noSums ...bool) *scrubPair {
 		return nil
 	})
 	p.sc = &scrub{stores: []*blockstore.Store{p.a.st}, peer: p.client, host: "a", peerHost: "b",
-		pace: func(context.Context, int64) error { return nil }, step: func() int64 { return 5 }}
+		pace: func(context.Context, int64) error { return nil }, step: func() int64 { return 16 }}
 	t.Cleanup(func() { cancel(); p.work.Wait(); p.server.close() })
 	return p
 }

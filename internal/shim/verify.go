@@ -137,7 +137,7 @@ func (v *verifier) start(opts shimapi.VerifyOptions) (string, error) {
 	if p.ctx.Err() != nil {
 		return "", errNotRunning
 	}
-	sc, ctx, err := p.newScrub(opts.Rate)
+	sc, ctx, stop, err := p.newScrub(opts.Rate)
 	if err != nil {
 		return "", err
 	}
@@ -162,15 +162,15 @@ func (v *verifier) start(opts shimapi.VerifyOptions) (string, error) {
 			r.Disks = append(r.Disks, d)
 		}
 	}
-	ctx, stop := context.WithCancelCause(ctx)
 	v.report, v.stop, v.gauge, v.now = r, stop, nil, 0
-	v.save()
 	with := "each block with its own checksum"
 	if r.Peer != "" {
 		with = "compared with host " + r.Peer
 	}
 	v.s.tl.add("verify-started", 0, 0, "%d disks, %s, at most %d bytes per second", len(todo), with, r.Rate)
+	first := v.save()
 	p.goWork(func() {
+		v.handOn(ctx, sc.peer, first)
 		gov := newGovernor(&p.inst.latency, min(verifyFloor, opts.Rate), opts.Rate)
 		defer gov.close()
 		sc.pace = gov.wait
@@ -179,7 +179,7 @@ func (v *verifier) start(opts shimapi.VerifyOptions) (string, error) {
 			err = context.Cause(ctx)
 		}
 		stop(nil)
-		v.end(ctx, sc, err)
+		v.end(p.ctx, sc, err)
 	})
 	return with, nil
 }
@@ -219,17 +219,18 @@ func (v *verifier) disks(name string) (list []int, err error) {
 
 // newScrub prepares to compare with the secondary where there is one that holds
 // everything, and else each replica with its own checksums. The context ends with
-// what is compared.
-func (p *primary) newScrub(rate int64) (*scrub, context.Context, error) {
+// what is compared, and is to be cancelled at the end.
+func (p *primary) newScrub(rate int64) (*scrub, context.Context, context.CancelCauseFunc, error) {
 	sc := &scrub{stores: p.inst.stores, host: p.s.cfg.Host, step: func() int64 { return stepFor(rate, false) }}
 	p.mu.Lock()
 	pr := p.cur
 	p.mu.Unlock()
 	if pr == nil || !p.s.isDuplex() || !pr.whole.Load() || pr.isLost() {
-		return sc, p.ctx, nil
+		ctx, cancel := context.WithCancelCause(p.ctx)
+		return sc, ctx, cancel, nil
 	}
 	if pr.scrub == nil {
-		return nil, nil, fmt.Errorf("host %s runs a release that cannot verify", pr.host)
+		return nil, nil, nil, fmt.Errorf("host %s runs a release that cannot verify", pr.host)
 	}
 	sc.peer, sc.peerHost = pr.scrub, pr.host
 	if m := p.inst.mirror; m != nil {
@@ -239,15 +240,14 @@ func (p *primary) newScrub(rate int64) (*scrub, context.Context, error) {
 		sc.step = func() int64 { return stepFor(rate, true) }
 	}
 	ctx, cancel := context.WithCancelCause(pr.ctx)
-	p.goWork(func() { // ends with the pair at the latest
+	p.goWork(func() { // ends with the verify, and with the pair
 		select {
 		case <-pr.sess.Lost():
 			cancel(fmt.Errorf("the session with host %s is lost", pr.host))
 		case <-ctx.Done():
-			cancel(nil)
 		}
 	})
-	return sc, ctx, nil
+	return sc, ctx, cancel, nil
 }
 
 // run goes over the disks.
@@ -263,13 +263,17 @@ func (v *verifier) run(ctx context.Context, sc *scrub, todo []job) error {
 		v.mu.Unlock()
 		err := sc.disk(ctx, j.disk, &d, func() {
 			v.mu.Lock()
-			defer v.mu.Unlock()
 			v.report.Disks[i] = d
 			v.report.Disks[i].Ranges = slices.Clone(d.Ranges)
 			v.gauge.At(time.Since(v.begun), d.Size-d.Checked)
+			var b []byte
 			if time.Since(saved) > reportEverySave {
 				saved = time.Now()
-				v.save()
+				b = v.save()
+			}
+			v.mu.Unlock()
+			if b != nil {
+				v.handOn(ctx, sc.peer, b)
 			}
 		})
 		if err != nil {
@@ -294,7 +298,7 @@ func (v *verifier) end(ctx context.Context, sc *scrub, err error) {
 	b := v.save()
 	done := cloneReport(r)
 	v.mu.Unlock()
-	v.handOn(sc.peer, b)
+	v.handOn(ctx, sc.peer, b)
 	checked, bad, repaired, rewritten, left := done.Counts()
 	text := fmt.Sprintf("%d bytes checked, %d blocks did not match, %d repaired, %d written over by the guest, %d left", checked, bad, repaired, rewritten, left)
 	if err != nil {
@@ -313,14 +317,14 @@ func (v *verifier) end(ctx context.Context, sc *scrub, err error) {
 }
 
 // handOn gives the secondary's host the report, best effort.
-func (v *verifier) handOn(p scrubPeer, b []byte) {
+func (v *verifier) handOn(ctx context.Context, p scrubPeer, b []byte) {
 	c, ok := p.(*scrubClient)
 	if !ok {
 		return
 	}
-	ctx, cancel := context.WithTimeout(v.s.ctx, 2*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	if err := c.keep(ctx, b); err != nil && v.s.ctx.Err() == nil {
+	if err := c.keep(ctx, b); err != nil {
 		v.s.log.Info("the report of verify is on this host only", "error", err)
 	}
 }
@@ -386,7 +390,7 @@ func (p *primary) watchRepairs(n int, st *blockstore.Store) {
 		if v.reads == 1 && p.ctx.Err() == nil { // the others come with it
 			p.goWork(func() {
 				sleep(p.ctx, readsEvery)
-				v.noteReads()
+				v.noteReads(p.ctx)
 			})
 		}
 	})
@@ -396,7 +400,7 @@ func (p *primary) watchRepairs(n int, st *blockstore.Store) {
 const readsEvery = time.Second
 
 // noteReads tells of the blocks that requests of the guest found damaged since the last time.
-func (v *verifier) noteReads() {
+func (v *verifier) noteReads(ctx context.Context) {
 	v.readsMu.Lock()
 	n, at := v.reads, v.readAt
 	v.reads = 0
@@ -420,7 +424,7 @@ func (v *verifier) noteReads() {
 	b := v.save()
 	v.mu.Unlock()
 	v.s.tl.add("read-repaired", 0, 0, "%d damaged blocks of this host's replicas, the last one of disk %s: the guest was given, and the replica got, what %s has", n, at, from)
-	v.handOn(peer, b)
+	v.handOn(ctx, peer, b)
 }
 
 // fetchFrom makes reads that meet damage here be answered from the secondary, which
