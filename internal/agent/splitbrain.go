@@ -214,7 +214,14 @@ func makeSide(rec model.Record, host, good string, facts map[string]replicaFacts
 			if !j.Ancestor.IsZero() {
 				out.Common = j.Ancestor.String()
 			}
-			s.Split = s.Split || j.Verdict == replica.SplitBrain || j.Verdict == replica.Unrelated && out.Alone
+			switch j.Verdict {
+			case replica.SplitBrain:
+				s.Split = true
+			case replica.Unrelated:
+				s.Split = s.Split || out.Alone
+			case replica.TargetByBitmap, replica.TargetFull: // against the record, and so copied by nobody
+				s.Split = s.Split || known && r.State == model.Outdated
+			}
 		}
 		s.Disks = append(s.Disks, out)
 	}

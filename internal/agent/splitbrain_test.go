@@ -8,6 +8,7 @@ import (
 	"perdure/api"
 	"perdure/internal/blockstore"
 	"perdure/internal/model"
+	"perdure/internal/replica"
 	"perdure/internal/shimapi"
 	"perdure/internal/vfs"
 )
@@ -92,4 +93,54 @@ func TestSplitBrainRefusals(t *testing.T) {
 		t.Errorf("host a: %+v, %v", m, err)
 	}
 	b.await("vm1", "protected again", duplex)
+}
+
+// TestSplitSides judges what two hosts say of their replicas.
+func TestSplitSides(t *testing.T) {
+	g := func(term model.Term, branch model.BranchID) replica.Generation {
+		return replica.Generation{Term: term, Branch: branch, Run: "r"}
+	}
+	disk := func(st model.ReplicaState, l replica.Lineage, marked int64) replicaFacts {
+		c := replica.Copy{VM: "vm", Disk: "disk0", Size: 8 << 20, State: st, Clean: true, Lineage: l}
+		return replicaFacts{Disks: []diskFacts{{Disk: "disk0", Size: 8 << 20, State: st, Clean: true, Marked: marked, Written: time.Unix(0, 0), copy: c}}}
+	}
+	together := replica.Lineage{Current: g(3, "")}
+	forced := together.WriteAlone(g(7, "x"))
+	for _, c := range []struct {
+		name         string
+		state        model.ReplicaState // of host b by the record
+		branch       model.BranchID
+		good, other  replicaFacts
+		split        bool
+		verdict, why string
+		loses        string
+	}{
+		{"behind", model.Outdated, "x", disk(model.UpToDate, together.WriteAlone(g(7, "")), 4096), disk(model.Outdated, together, 0), false, "peer-missed-last", "waits for nobody", "its bitmap names nothing"},
+		{"forced, and the other one went on too", model.Outdated, "", disk(model.UpToDate, forced, 4096), disk(model.UpToDate, together.WriteAlone(g(5, "")), 1<<20), true, "other-branch", "", "alone since term 3 run r: at most 1MiB"},
+		{"forced, and the other one was behind only", model.Outdated, "", disk(model.UpToDate, forced, 4096), disk(model.Outdated, together, 0), true, "other-branch", "", "its bitmap names nothing"},
+		{"both went on in one branch", model.Outdated, "x", disk(model.UpToDate, together.WriteAlone(g(7, "")), 4096), disk(model.UpToDate, together.WriteAlone(g(5, "")), 1<<20), true, "both-alone", "", "at most 1MiB"},
+		{"the other one is newer than the one that counts", model.Outdated, "x", disk(model.UpToDate, together, 0), disk(model.UpToDate, together.WriteAlone(g(5, "")), 1<<20), true, "peer-missed-last", "", "at most 1MiB"},
+		{"strangers", model.Outdated, "x", disk(model.UpToDate, together, 0), disk(model.UpToDate, replica.Lineage{Current: g(1, ""), Base: g(9, "")}, 1<<20), true, "unrelated", "", "at most 1MiB"},
+		{"half filled", model.Inconsistent, "", disk(model.UpToDate, together.WriteAlone(g(7, "")), 4096), disk(model.Inconsistent, replica.Lineage{Current: g(2, ""), Toward: g(5, "")}, 0), false, "filled-by-another", "waits for nobody", "no whole copy"},
+		{"given up before", model.Inconsistent, "", disk(model.UpToDate, forced, 4096), disk(model.Outdated, replica.Lineage{Current: g(3, ""), Discarded: true}, 0), false, "discarded", "waits for nobody", "given up before"},
+		{"the good one is not whole", model.Outdated, "", disk(model.Inconsistent, forced, 4096), disk(model.UpToDate, together, 0), true, "never-connected", "no other whole copy", "its bitmap names nothing"},
+	} {
+		rec := model.Record{Mode: model.ModeSimplex, Branch: "x", Primary: model.Seat{Host: "a", Run: "r"}, Replicas: map[string]model.Replica{
+			"a": {State: model.UpToDate, Branch: "x"}, "b": {State: c.state, Branch: c.branch}}}
+		facts := map[string]replicaFacts{"a": c.good, "b": c.other}
+		s := api.SplitBrain{VM: "vm", Primary: "a", Running: true, Sides: []api.SplitSide{makeSide(rec, "a", "a", facts, nil), makeSide(rec, "b", "a", facts, nil)}}
+		b := s.Sides[1]
+		if b.Split != c.split || b.Disks[0].Verdict != c.verdict && c.verdict != "never-connected" {
+			t.Errorf("%s: split %v, %s", c.name, b.Split, b.Disks[0].Verdict)
+		}
+		if why := whyKeep(rec, b, s); !strings.Contains(why, c.why) || (why == "") != (c.why == "") {
+			t.Errorf("%s: to be kept because %q, want %q", c.name, why, c.why)
+		}
+		if l := strings.Join(losses("vm", b, s), "; "); !strings.Contains(l, c.loses) {
+			t.Errorf("%s: loses %q, want %q", c.name, l, c.loses)
+		}
+		if why := whyKeep(rec, s.Sides[0], s); !strings.Contains(why, "the VM runs from it") {
+			t.Errorf("%s: the side that runs: %q", c.name, why)
+		}
+	}
 }

@@ -54,6 +54,7 @@ type scrubPeer interface {
 const (
 	maxLead    = 64
 	stillLimit = 3 * time.Second
+	epochLimit = 30 * time.Second // a guest that is paused makes none
 )
 
 // disk goes over one disk from rep.Checked on and adds to rep what it finds; saved
@@ -128,7 +129,7 @@ func (s *scrub) together(ctx context.Context, n int, first, count int64, mine, t
 	if s.peer == nil {
 		return mine(ctx, 0)
 	}
-	both := func(e model.Epoch) error {
+	both := func(ctx context.Context, e model.Epoch) error {
 		g, ctx := errgroup.WithContext(ctx)
 		g.Go(func() error { return mine(ctx, e) })
 		g.Go(func() error { return theirs(ctx, e) })
@@ -137,18 +138,29 @@ func (s *scrub) together(ctx context.Context, n int, first, count int64, mine, t
 	if s.still != nil {
 		off := first * blockstore.ChunkSize
 		return s.still(n, off, min(count*blockstore.ChunkSize, s.stores[n].Size()-off), func() error {
-			var cancel context.CancelFunc // the guest's writes in the range wait
-			ctx, cancel = context.WithTimeoutCause(ctx, stillLimit, fmt.Errorf("the other side took longer than %v to read", stillLimit))
+			// The guest's writes in the range wait.
+			ctx, cancel := context.WithTimeoutCause(ctx, stillLimit, fmt.Errorf("the other side took longer than %v to read", stillLimit))
 			defer cancel()
-			return both(0)
+			return both(ctx, 0)
 		})
 	}
 	for lead := model.Epoch(2); ; lead = min(2*lead, maxLead) {
-		err := both(s.ahead(lead))
+		err := s.asOf(ctx, s.ahead(lead), both)
 		if !errors.Is(err, blockstore.ErrTooLate) || ctx.Err() != nil {
 			return err
 		}
 	}
+}
+
+// asOf waits for an epoch, but not for ever.
+func (s *scrub) asOf(ctx context.Context, e model.Epoch, both func(context.Context, model.Epoch) error) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, epochLimit, fmt.Errorf("no checkpoint was taken for %v: the guest stands still", epochLimit))
+	defer cancel()
+	err := both(ctx, e)
+	if err != nil && ctx.Err() != nil && !errors.Is(err, blockstore.ErrTooLate) {
+		err = context.Cause(ctx)
+	}
+	return err
 }
 
 // lookTries is how often a chunk is looked at until what is repairable is repaired:

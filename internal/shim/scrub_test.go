@@ -101,9 +101,6 @@ func newScrubPair(t *testing.T, noSums ...bool) *scrubPair {
 	}}
 	p.client = newScrubClient(func(_ uint8, parts ...[]byte) error {
 		h, data, err := decodeScrub(bytes.Join(parts, nil))
-		if err == nil {
-			err = p.server.check(h, data)
-		}
 		if err != nil {
 			t.Error(err)
 			return err
@@ -583,7 +580,7 @@ func TestScrubGarbage(t *testing.T) {
 		{Op: scrubLook, First: chunks}, {Op: scrubLook, First: -1}, {Op: scrubFix, First: chunks},
 		{Op: scrubRead, First: scrubSize, Count: 1}, {Op: scrubRead, Count: maxScrubRead + 1}, {Op: scrubRead, First: -4096, Count: 4096},
 	} {
-		if err := p.server.check(h, nil); err == nil {
+		if err := p.server.check(h); err == nil {
 			t.Errorf("%+v is not refused", h)
 		}
 	}
@@ -594,6 +591,10 @@ func TestScrubGarbage(t *testing.T) {
 		t.Error("a short look is not refused")
 	}
 	if err := p.client.take(pack(scrubHead{ID: 7})); err != nil { // nobody asked
+		t.Error(err)
+	}
+	// The other side is told, and the session goes on.
+	if _, err := p.client.digests(context.Background(), 0, 0, chunks, 1); err == nil || !strings.Contains(err.Error(), "the secondary") {
 		t.Error(err)
 	}
 	// A repair of what was not looked at, and one with too little data.

@@ -242,7 +242,7 @@ type scrubServer struct {
 const maxScrubRead = 1 << 20
 
 // check refuses a question that does not fit.
-func (s *scrubServer) check(h scrubHead, data []byte) error {
+func (s *scrubServer) check(h scrubHead) error {
 	if h.Op == scrubKeep {
 		return nil
 	}
@@ -270,7 +270,11 @@ func (s *scrubServer) check(h scrubHead, data []byte) error {
 
 // answer answers a question; it may take as long as an epoch.
 func (s *scrubServer) answer(ctx context.Context, h scrubHead, data []byte) {
-	out, err := s.carryOut(ctx, &h, data)
+	var out []byte
+	err := s.check(h)
+	if err == nil {
+		out, err = s.carryOut(ctx, &h, data)
+	}
 	switch {
 	case errors.Is(err, blockstore.ErrTooLate):
 		h.Status, out = scrubLate, nil
@@ -378,9 +382,6 @@ func (s *scrubServer) close() {
 // takeScrub answers a question of the primary, in a goroutine of its own.
 func (st *standby) takeScrub(m peer.Message) error {
 	h, data, err := decodeScrub(m.Payload)
-	if err == nil {
-		err = st.scrub.check(h, data)
-	}
 	if err != nil {
 		return err
 	}

@@ -146,22 +146,11 @@ func (v *verifier) start(opts shimapi.VerifyOptions) (string, error) {
 	if old != nil {
 		r.Reads = old.Reads
 	}
-	var todo []job
+	var fresh []model.VerifiedDisk
 	for n, spec := range v.s.cfg.Spec.Disks {
-		before, known := entryOf(old, spec.ID)
-		switch d := (model.VerifiedDisk{Disk: spec.ID, Size: p.inst.stores[n].Size(), Ranges: []model.VerifiedRange{}}); {
-		case !slices.Contains(disks, n):
-			if known { // what is known of it stays
-				r.Disks = append(r.Disks, before)
-			}
-		case opts.Scheduled && known && old.State == model.VerifyInterrupted && (old.Peer != "") == (r.Peer != "") && before.Size == d.Size:
-			todo = append(todo, job{n, len(r.Disks)})
-			r.Disks = append(r.Disks, before)
-		default:
-			todo = append(todo, job{n, len(r.Disks)})
-			r.Disks = append(r.Disks, d)
-		}
+		fresh = append(fresh, model.VerifiedDisk{Disk: spec.ID, Size: p.inst.stores[n].Size(), Ranges: []model.VerifiedRange{}})
 	}
+	todo := planVerify(r, old, fresh, disks)
 	v.report, v.stop, v.gauge, v.now = r, stop, nil, 0
 	with := "each block with its own checksum"
 	if r.Peer != "" {
@@ -186,6 +175,30 @@ func (v *verifier) start(opts shimapi.VerifyOptions) (string, error) {
 
 // job is a disk to go over, and its place in the report.
 type job struct{ disk, at int }
+
+// planVerify fills in the disks of a report that begins, and returns which of them
+// are to be gone over. What is known of the others stays; a scheduled verify goes on where
+// the last one was interrupted, if that compared the same.
+func planVerify(r, old *model.VerifyReport, fresh []model.VerifiedDisk, chosen []int) (todo []job) {
+	goOn := r.Scheduled && old != nil && old.State == model.VerifyInterrupted && (old.Peer != "") == (r.Peer != "")
+	for n, d := range fresh {
+		before, known := entryOf(old, d.Disk)
+		if !slices.Contains(chosen, n) {
+			if known {
+				r.Disks = append(r.Disks, before)
+			}
+			continue
+		}
+		if goOn && known && before.Size == d.Size {
+			d = before
+		}
+		if d.Ended.IsZero() { // else it was done before the interruption
+			todo = append(todo, job{n, len(r.Disks)})
+		}
+		r.Disks = append(r.Disks, d)
+	}
+	return todo
+}
 
 // entryOf is what a report says of a disk.
 func entryOf(r *model.VerifyReport, disk string) (model.VerifiedDisk, bool) {
