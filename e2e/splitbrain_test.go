@@ -28,6 +28,9 @@ func TestSplitBrain(t *testing.T) {
 	w.PowerOff(b)
 	v.Wait("state=running,mode=simplex,primary="+a, time.Minute)
 	write("alone-on-first")
+	if out := w.Perdure(a, "disk", "verify", v.Name, "--rate", "1G", "--wait"); !strings.Contains(out, "all is well") || !strings.Contains(out, "its own checksum") {
+		t.Errorf("verify of one copy says\n%s", out)
+	}
 	w.PowerOff(a)
 	w.PowerOn(b)
 	w.Eventually(time.Minute, "the second host answers", func() error {

@@ -93,6 +93,7 @@ func bitRot(w *World, level string) {
 	if !strings.Contains(out, "all is well") {
 		t.Errorf("a second verify says\n%s", out)
 	}
+	v.bothBad(p, s)
 	log.Stop()
 	v.judge(log)
 	v.sameDisks()
@@ -100,6 +101,33 @@ func bitRot(w *World, level string) {
 		t.Errorf("afterwards: %+v", vm)
 	}
 	v.remove()
+}
+
+// bothBad damages both copies of a block that the guest does not read: that is named,
+// nothing is written over, and it is over when the guest has written the block.
+func (v *VM) bothBad(p, s string) {
+	w := v.w
+	w.T.Helper()
+	off := v.rot(p, 3, 4)
+	if o := v.rot(s, 3, 4); o != off {
+		w.T.Fatalf("the block is at %d here and at %d there", off, o)
+	}
+	out, err := w.TryPerdure(p, "disk", "verify", v.Name, "--rate", "1G", "--wait")
+	if err == nil || !strings.Contains(err.Error(), "could not be repaired") {
+		w.T.Errorf("both copies of a block are damaged, and verify says %v\n%s", err, out)
+	}
+	if vm := v.Show(); len(vm.Problems) != 1 || vm.Problems[0].Code != "verify-mismatch" || !strings.Contains(vm.Problems[0].Text, fmt.Sprintf("disk0 %d+4096", off)) {
+		w.T.Errorf("problems: %+v", vm.Problems)
+	}
+	for _, h := range []string{p, s} {
+		if v.rotBlockHolds(h, 3, off) {
+			w.T.Errorf("host %s: the block was written anew from nothing that is proved", h)
+		}
+	}
+	v.Within(3*time.Minute, "sh yes perdure-rot-003 | dd of=/data/rot003 bs=4096 count=16 iflag=fullblock conv=notrunc,fsync 2>/dev/null")
+	if out := w.Perdure(p, "disk", "verify", v.Name, "--rate", "1G", "--wait"); !strings.Contains(out, "all is well") {
+		w.T.Errorf("after the guest wrote the block verify says\n%s", out)
+	}
 }
 
 func (v *VM) image(host string) string {

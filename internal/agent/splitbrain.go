@@ -371,7 +371,7 @@ func (a *Agent) discardHere(ctx context.Context, vm string) error {
 		return nil
 	}
 	for end := time.Now().Add(discardPatience); ; {
-		err := errInUse
+		var err error
 		if w := a.workerOf(vm); w != nil {
 			err = w.between(ctx, discard)
 		} else {
