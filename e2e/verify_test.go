@@ -100,7 +100,43 @@ func bitRot(w *World, level string) {
 	if vm := v.Show(); vm.Mode != model.ModeDuplex || vm.Primary != p || len(vm.Problems) > 0 || vm.Disks[0].Verified == nil {
 		t.Errorf("afterwards: %+v", vm)
 	}
+	if level == "ft" {
+		v.verifyMoves(p, s)
+	}
 	v.remove()
+}
+
+// verifyMoves hands the VM over while a verify is under way: that is interrupted and
+// known to the other host, holds nothing up, and can be made there.
+func (v *VM) verifyMoves(p, s string) {
+	w := v.w
+	w.T.Helper()
+	w.Perdure(p, "disk", "verify", v.Name, "--rate", "64K")
+	w.Eventually(20*time.Second, "it shows how far it is", func() error {
+		if out := w.Perdure(s, "vm", "show", v.Name); !strings.Contains(out, "Verifying") {
+			return errMissing
+		}
+		return nil
+	})
+	if out, err := w.TryPerdure(s, "disk", "verify", v.Name); err == nil || !strings.Contains(err.Error(), "under way") {
+		w.T.Errorf("a second one beside the first: %v %s", err, out)
+	}
+	start := time.Now()
+	w.Perdure(p, "vm", "switchover", v.Name)
+	v.Wait("state=running,primary="+s, 30*time.Second)
+	if d := time.Since(start); d > 10*time.Second {
+		w.T.Errorf("the VM moved after %v", d)
+	}
+	w.Eventually(20*time.Second, "the report says that it was interrupted", func() error {
+		if out := w.Perdure(s, "disk", "verify", v.Name, "--report"); !strings.Contains(out, "interrupted") {
+			return fmt.Errorf("it says %s", out)
+		}
+		return nil
+	})
+	v.Protected()
+	if out := w.Perdure(p, "disk", "verify", v.Name, "--rate", "1G", "--wait"); !strings.Contains(out, "the replicas on "+s+" and "+p) || !strings.Contains(out, "all is well") {
+		w.T.Errorf("on the other host verify says\n%s", out)
+	}
 }
 
 // bothBad damages both copies of a block that the guest does not read: that is named,

@@ -243,6 +243,7 @@ func (s *scrub) lookOnce(ctx context.Context, n int, c int64, found map[int]find
 		}
 	}
 	var mask uint32
+	repaired := false
 	for b, m := range mine.Blocks {
 		if s.peer == nil {
 			if m.Fails() {
@@ -262,6 +263,7 @@ func (s *scrub) lookOnce(ctx context.Context, n int, c int64, found map[int]find
 				found[b] = finding{foundLeft, s.host, "it cannot be written: " + err.Error()}
 			} else if done {
 				found[b] = finding{foundRepaired, s.host, failing(m)}
+				repaired = true
 			}
 		case replica.TheirsWrong:
 			found[b] = finding{foundLeft, s.peerHost, failing(theirs[b])}
@@ -269,6 +271,13 @@ func (s *scrub) lookOnce(ctx context.Context, n int, c int64, found map[int]find
 			again = true
 		default:
 			found[b] = finding{foundLeft, "", blame.String()}
+		}
+	}
+	if repaired {
+		// Durable at once: after a crash the checksums here are computed anew, and would
+		// take what was damaged for data.
+		if err := st.Flush(); err != nil {
+			return false, err
 		}
 	}
 	if mask == 0 {

@@ -608,3 +608,41 @@ func TestScrubGarbage(t *testing.T) {
 		t.Error("a repair with too little data is not refused")
 	}
 }
+
+// TestRepairIsDurable: when a verify has ended, what it repaired survives the loss of
+// power on either side.
+func TestRepairIsDurable(t *testing.T) {
+	p := newScrubPair(t)
+	p.sc.still = still
+	for b := range int64(32) {
+		p.a.must(t, b, 1)
+		p.b.must(t, b, 1)
+	}
+	for _, s := range []*scrubSide{p.a, p.b} {
+		if err := s.st.Flush(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := p.a.image(t)
+	p.a.rot(t, 3)
+	p.b.rot(t, 9)
+	// What rotted did so on the medium.
+	for _, s := range []*scrubSide{p.a, p.b} {
+		f, err := s.mem.Open("/d/disk0.raw")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(f.Sync(), f.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if d := p.verify(); d.Repaired != 2 {
+		t.Fatalf("found %+v", d)
+	}
+	for n, s := range []*scrubSide{p.a, p.b} {
+		after := &scrubSide{mem: s.mem.Crash(func() bool { return false })}
+		if !bytes.Equal(after.image(t), want) {
+			t.Errorf("side %d: the repair is lost with the power", n)
+		}
+	}
+}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"perdure/internal/blockstore"
 	"perdure/internal/model"
@@ -327,10 +328,21 @@ func (s *scrubServer) carryOut(ctx context.Context, h *scrubHead, data []byte) (
 	return out, err
 }
 
-// hold keeps the newest look.
+// lookLife is how long a look is kept for a repair: it costs each write a little.
+const lookLife = 10 * time.Second
+
+// hold keeps the newest look, for a while.
 func (s *scrubServer) hold(l *blockstore.Look, disk uint32) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	time.AfterFunc(lookLife, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		l.Close()
+		if s.last == l {
+			s.last = nil
+		}
+	})
 	if s.last != nil {
 		s.last.Close()
 	}
@@ -365,7 +377,7 @@ func (s *scrubServer) fix(h *scrubHead, data []byte) error {
 		data = data[blockstore.BlockSize:]
 	}
 	h.Mask = done
-	return nil
+	return s.stores[h.Disk].Flush() // at once, see lookOnce
 }
 
 // close forgets what was looked at.

@@ -403,6 +403,7 @@ func (p *primary) watchRepairs(n int, st *blockstore.Store) {
 		if v.reads == 1 && p.ctx.Err() == nil { // the others come with it
 			p.goWork(func() {
 				sleep(p.ctx, readsEvery)
+				_ = st.Flush() // see lookOnce; a failure sticks to the replica
 				v.noteReads(p.ctx)
 			})
 		}
