@@ -95,6 +95,7 @@ type Agent struct {
 	renewal   renewing // housekeep's own
 	nets      *networks
 	verifying verifying
+	failed    failedDisks
 	changed   chan struct{} // this host's own words have changed
 
 	mu      sync.Mutex

@@ -82,7 +82,7 @@ func (a *Agent) hostInfo() clusterstore.HostInfo {
 	info := clusterstore.HostInfo{
 		Name: a.cfg.Name, Role: string(a.cfg.Role), API: a.cfg.APIAddr(), ALinks: a.cfg.ALinkAddrs(), CPUs: runtime.NumCPU(),
 		MemoryTotal: total, MemoryFree: free, Version: a.opts.Version, StateDir: a.cfg.StateDir, CertificateEnds: a.id.Expires().UTC(),
-		Networks: a.nets.now(),
+		Networks: a.nets.now(), FailedDisks: a.failedNow(),
 	}
 	if m := a.machine.Load(); m != nil {
 		info.QEMU, info.Accel, info.Machine, info.CPU = m.QEMU, m.Accel, m.Type, m.CPU

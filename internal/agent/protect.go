@@ -292,6 +292,9 @@ func (a *Agent) prepareSecondary(ctx context.Context, vm string) error {
 			return errors.New("what ran of the VM here before has not ended yet")
 		}
 	}
+	if err := a.diskFit(vm); err != nil {
+		return err
+	}
 	if err := a.diskRoom(spec); err != nil {
 		return err
 	}

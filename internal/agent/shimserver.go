@@ -185,6 +185,7 @@ func (a *Agent) serveEvent(w http.ResponseWriter, r *http.Request) {
 	}
 	ev.Host = a.cfg.Name
 	a.keepEvent(ev)
+	a.noteDisk(ev)
 	a.statuses.drop(ev.VM)
 	w.WriteHeader(http.StatusNoContent)
 }

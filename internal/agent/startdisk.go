@@ -52,6 +52,10 @@ func (w *worker) startFromDisk(ctx context.Context, hint clusterstore.VMView) {
 	if cur.Revision != hint.Record.Revision && (rec.Mode == model.ModeStopped || rec.Mode == model.ModeStarting && rec.Primary.Host == me) {
 		return // the next look has it
 	}
+	if rec.Mode == model.ModeDuplex && rec.Primary.Host == me && rec.Replicas[me].State != model.UpToDate {
+		w.awaitGoodDisk(rec)
+		return
+	}
 	if rec.Replicas[me].State != model.UpToDate || rec.Mode == model.ModeSyncing && rec.Primary.Host != me {
 		return
 	}
@@ -88,6 +92,19 @@ func (w *worker) startFromDisk(ctx context.Context, hint clusterstore.VMView) {
 		w.problem("replica", "", "", "")
 	}
 	w.wake() // done, lost or unknown: the next look reads again
+}
+
+// awaitGoodDisk says why a VM whose disks had failed here, while the secondary's
+// served it (level ca), does not live: that host was lost too, or takes its time.
+func (w *worker) awaitGoodDisk(rec model.Record) {
+	if w.disk.since.IsZero() {
+		w.disk.since = time.Now()
+	}
+	if time.Since(w.disk.since) < 3*time.Second {
+		return // it takes over
+	}
+	w.problem("replica", model.Critical, fmt.Sprintf("the disks of host %s had failed when the VM ended here; host %s has the only good copy, and nothing of the VM lives there", rec.Primary.Host, rec.Secondary.Host),
+		fmt.Sprintf("bring host %s back: the VM starts there by itself", rec.Secondary.Host))
 }
 
 func (w *worker) backOff() { w.nextStart = time.Now().Add(2 * time.Second) }

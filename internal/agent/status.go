@@ -232,6 +232,7 @@ func (a *Agent) vmProblems(v clusterstore.VMView, state model.RunState) []model.
 		out = append(out, model.Problem{Code: "protection-off", Severity: model.Warning,
 			Text: "the second copy was given up by a person", Action: "perdure vm protect " + v.Spec.Name})
 	}
+	out = append(out, diskProblems(a.store.Hosts(), rec)...)
 	if rec.Mode != model.ModeStopped {
 		out = append(out, a.nicProblems(v)...)
 	}

@@ -150,6 +150,11 @@ type ActMode struct {
 	PeerRun  model.RunID
 }
 
+// ActCarry lets the primary acknowledge, within the output rule, what only the
+// secondary holds, or not. When Off has taken effect nothing is acknowledged any
+// more that this host does not hold as well.
+type ActCarry struct{ On bool }
+
 // ActAlarm raises a named problem; Code is stable, kebab-case.
 type ActAlarm struct {
 	Code string
@@ -157,7 +162,7 @@ type ActAlarm struct {
 }
 
 // ActRefuse answers a person's or agent's request (EvProtect, EvUnprotect,
-// EvForce, EvSurvivor, EvSwitchedOver) that cannot be met, with the reason.
+// EvForce, EvSurvivor, EvSwitchedOver, EvReplicaLost, EvReplicaBack) that cannot be met, with the reason.
 type ActRefuse struct{ Text string }
 
 func (ActRead) action()     {}
@@ -173,5 +178,6 @@ func (ActEnd) action()      {}
 func (ActTell) action()     {}
 func (ActTimer) action()    {}
 func (ActMode) action()     {}
+func (ActCarry) action()    {}
 func (ActAlarm) action()    {}
 func (ActRefuse) action()   {}

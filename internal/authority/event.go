@@ -139,6 +139,17 @@ type EvSurvivor struct {
 	Confirmed bool
 }
 
+// EvReplicaLost (primary, duplex, level ca) says that this host's own copy of a
+// disk is of no use any more. Nothing that only the secondary holds may be
+// acknowledged before the Side answers ActCarry{On: true}. Refused (ActRefuse) where
+// there is no secondary to go on with: then the failure is the guest's affair.
+type EvReplicaLost struct{ Reason string }
+
+// EvReplicaBack (primary, after ActCarry{On: true}) says that the own copy holds
+// every write again, durably, and that each write since is acknowledged only when
+// both hosts have it.
+type EvReplicaBack struct{}
+
 // EvTimer says that the timer ID, set by ActTimer, has run out.
 type EvTimer struct{ ID TimerID }
 
@@ -164,5 +175,7 @@ func (EvSwitchedOver) event() {}
 func (EvSwitchover) event()   {}
 func (EvForce) event()        {}
 func (EvSurvivor) event()     {}
+func (EvReplicaLost) event()  {}
+func (EvReplicaBack) event()  {}
 func (EvTimer) event()        {}
 func (EvPeerTerm) event()     {}

@@ -66,7 +66,7 @@ func (w *world) appendSide(b []byte, s *Side) []byte {
 	b = append(b, s.phase[0]^s.phase[1]<<3, runCode(s.run), byte(s.epoch), byte(s.named), byte(s.out),
 		bits(s.reading, s.reread, s.wentBack, s.retrySet, s.mayAsk, s.ack),
 		bits(s.drop, s.dropFinal, s.detachTold, s.caughtUp, s.stopWanted, s.handing, s.survOn, s.survRead),
-		bits(s.survOff, s.detached, s.peerLost, s.claimDue, s.deadFree, s.protRead, s.tellTerm), bits(s.survPast, s.survAnew),
+		bits(s.survOff, s.detached, s.peerLost, s.claimDue, s.deadFree, s.protRead, s.tellTerm), bits(s.survPast, s.survAnew, s.diskLost, s.diskBack, s.carry),
 		hostCode(s.synced.Host), runCode(s.synced.Run), hostCode(s.protect), runCode(s.deadRun), runCode(s.consentRun), byte(s.consentTerm), byte(len(s.branch)))
 	if s.reading {
 		b = append(b, byte(w.rec.Revision-s.readFrom))
@@ -81,7 +81,7 @@ func (w *world) appendSide(b []byte, s *Side) []byte {
 }
 
 func (w *world) appendHost(b []byte, hs *hostState) []byte {
-	b = append(b, bits(hs.down, hs.frozen, hs.side != nil), byte(hs.disk.inst), byte(hs.disk.n))
+	b = append(b, bits(hs.down, hs.frozen, hs.side != nil, hs.dead, hs.refill), byte(hs.disk.inst), byte(hs.disk.n))
 	if hs.side == nil {
 		return b
 	}
@@ -117,7 +117,7 @@ func (w *world) code(b []byte) []byte {
 		b = w.appendHost(b, &w.h[i])
 	}
 	l := w.left
-	for _, v := range [...]int8{l.epoch, l.crash, l.power, l.freeze, l.lost, l.connect, l.protect, l.survOn, l.survOff, l.off, l.handover, l.silence, l.start, l.blind, l.paused, l.unknown, l.unread, l.disk, w.runs} {
+	for _, v := range [...]int8{l.epoch, l.crash, l.power, l.freeze, l.lost, l.connect, l.protect, l.survOn, l.survOff, l.off, l.handover, l.silence, l.start, l.blind, l.paused, l.unknown, l.unread, l.disk, l.diskFail, l.refill, w.runs} {
 		b = append(b, byte(v))
 	}
 	codes := make([][12]byte, len(w.msgs))

@@ -46,6 +46,9 @@ const (
 	mvSilence
 	mvReap
 	mvWanted
+	mvDiskFail
+	mvRefill
+	mvRefilled
 )
 
 type move struct {
@@ -154,7 +157,8 @@ func (w *world) shimMoves(h int, add func(moveKind, int, int)) {
 	if !hs.off && hs.mem.n < w.left.epoch && hs.mem.n-in.rel < 2 {
 		add(mvCapture, h, 0)
 	}
-	if in.rel < hs.mem.n {
+	w.diskMoves(h, add)
+	if in.rel < hs.mem.n && (!hs.dead || s.Carrying()) {
 		switch s.Output() {
 		case OutputFree:
 			add(mvRelease, h, 0)
@@ -184,6 +188,19 @@ func (w *world) shimMoves(h int, add func(moveKind, int, int)) {
 		if w.left.handover > 0 && mode == model.ModeDuplex && !s.drop && hs.acked == hs.mem.n {
 			add(mvHandOver, h, 0)
 		}
+	}
+}
+
+// diskMoves: what may become of the disk of h, which runs the guest.
+func (w *world) diskMoves(h int, add func(moveKind, int, int)) {
+	hs := &w.h[h]
+	switch {
+	case !hs.dead && w.left.diskFail > 0 && !hs.off:
+		add(mvDiskFail, h, 0)
+	case hs.dead && !hs.refill && w.left.refill > 0 && hs.side.Carrying() && hs.session:
+		add(mvRefill, h, 0)
+	case hs.refill && hs.session:
+		add(mvRefilled, h, 0)
 	}
 }
 
@@ -473,6 +490,21 @@ func (w *world) applyDriver(m move) {
 		w.left.protect--
 		hs.syncStage = 0
 		w.step(h, EvProtect{Host: hostNames[1-h]})
+	case mvDiskFail:
+		w.left.diskFail--
+		hs.dead = true
+		w.note("%s: its disk fails", name)
+		w.step(h, EvReplicaLost{})
+	case mvRefill:
+		w.left.refill--
+		hs.refill, hs.disk = true, garbage
+		w.note("%s: its disk is filled anew", name)
+	case mvRefilled:
+		hs.refill, hs.dead = false, false
+		if !w.cfg.mut.backUnfilled {
+			hs.disk = pos{hs.mem.inst, w.insts[hs.mem.inst].rel}
+		}
+		w.step(h, EvReplicaBack{})
 	case mvPowerOff:
 		w.left.off--
 		hs.off = true
@@ -524,7 +556,7 @@ func (w *world) deliver(i int) {
 		w.onEpoch(h, m)
 	case mBegin:
 		if s.phase == phaseFilling && s.run == "" && m.run == s.told.PeerRun && m.term == s.told.Term {
-			hs.disk, hs.begun = garbage, true
+			hs.disk, hs.begun, hs.dead = garbage, true, false
 		}
 	case mFill:
 		if hs.begun && s.phase == phaseFilling && s.run == "" && m.run == s.told.PeerRun && w.runs < 9 {

@@ -138,7 +138,11 @@ func initStopped(w *world) {
 // initSimplex: a runs alone, epoch 1 seen outside; b has an old replica.
 func initSimplex(w *world) {
 	w.rec.Revision = 10
-	st := w.keep(must(Start(baseRecord(), "a")))
+	base := baseRecord()
+	if w.ca {
+		base.Level = model.LevelCA
+	}
+	st := w.keep(must(Start(base, "a")))
 	w.addShim(0, EvStart{}, EvRecord{Versioned: st, Found: true}, EvFilled{Run: "r1"})
 	sx := w.keep(must(Booted(st.Record, "a", "r1")))
 	w.h[0].side.Step(EvSwap{ID: 1, Outcome: Done, Current: sx})
@@ -188,6 +192,24 @@ func initDuplex(w *world) {
 	w.runs = 2
 }
 
+// initDuplexCA is initDuplex at level ca.
+func initDuplexCA(w *world) {
+	w.ca = true
+	initDuplex(w)
+}
+
+// initCarried is initDuplexCA after the disk of a has failed, and the record says so.
+func initCarried(w *world) {
+	initDuplexCA(w)
+	a, b := &w.h[0], &w.h[1]
+	a.dead = true
+	a.side.Step(EvReplicaLost{})
+	lost := w.keep(must(LostReplica(w.rec.Record)))
+	a.side.Step(EvSwap{ID: 4, Outcome: Done, Current: lost})
+	b.side.Step(EvPeerTerm{Term: lost.Record.Term})
+	b.side.Step(EvRecord{Versioned: lost, Found: true})
+}
+
 // scenarios are the worlds that are explored whole.
 func scenarios() []*scenario {
 	mk := func(name string, init func(*world), left budget) *scenario {
@@ -215,6 +237,13 @@ func scenarios() []*scenario {
 		mk("simplex: protect", initSimplex, budget{epoch: 3, protect: 1, connect: 1, lost: 1}),
 		mk("stopped: start, die, start again", initStopped, budget{epoch: 1, start: 1, crash: 1, unknown: 1, disk: 1}),
 		mk("stopped: two agents start it", initStopped, budget{epoch: 1, start: 2, power: 1, off: 1, disk: 1}),
+		mk("ca: the primary's disk fails", initDuplexCA, budget{epoch: 3, diskFail: 1, lost: 2, unknown: 1}),
+		mk("ca: it fails, and is filled anew", initDuplexCA, budget{epoch: 2, diskFail: 2, refill: 2, unknown: 2}),
+		mk("ca: it fails, and hosts lose power", initCarried, budget{epoch: 2, diskFail: 1, refill: 1, power: 2, disk: 2}),
+		mk("ca: it fails, shims die", initCarried, budget{epoch: 2, refill: 1, crash: 2, disk: 2, protect: 1, connect: 1}),
+		mk("ca: it fails under the survivor right", initDuplexCA, budget{epoch: 2, diskFail: 1, refill: 1, survOn: 1, survOff: 1, lost: 1}),
+		mk("ca: it fails, the guest powers off", initDuplexCA, budget{epoch: 2, diskFail: 1, off: 1, lost: 1, unknown: 1, start: 1}),
+		mk("ca: it fails, frozen and thawed", initDuplexCA, budget{epoch: 2, diskFail: 1, refill: 1, freeze: 2, lost: 2}),
 		mk("duplex: takeover, return, protect again", initDuplex, budget{epoch: 2, crash: 1, protect: 1, connect: 1, disk: 1}),
 	}
 }
@@ -252,7 +281,7 @@ func TestExplore(t *testing.T) {
 	fmt.Println(line)
 	t.Log(line)
 	for _, k := range []string{"start on", "booted on", "protect on", "duplex with", "secondary dropped", "takeover by",
-		"switchover to", "start from disk on", "power-off", "survivor", "survivor removed", "wanted paused", "settle an unresolved swap"} {
+		"switchover to", "replica on lost", "replica on whole again", "start from disk on", "power-off", "survivor", "survivor removed", "wanted paused", "settle an unresolved swap"} {
 		if !seen[k] && limit >= 50_000 {
 			t.Errorf("no scenario reached a change of the kind %q", k)
 		}
@@ -272,11 +301,11 @@ func TestWalks(t *testing.T) {
 		walks = 100
 	}
 	left := budget{epoch: 20, crash: 3, power: 2, freeze: 2, lost: 5, connect: 6, protect: 4, survOn: 2, survOff: 2,
-		off: 1, handover: 2, silence: 1, start: 2, blind: 1, paused: 1, unknown: 8, unread: 4, disk: 4}
-	inits := []func(*world){initDuplex, initSyncing, initSimplex, initStopped}
+		off: 1, handover: 2, silence: 1, start: 2, blind: 1, paused: 1, unknown: 8, unread: 4, disk: 4, diskFail: 2, refill: 2}
+	inits := []func(*world){initDuplex, initSyncing, initSimplex, initStopped, initDuplexCA, initCarried}
 	steps, healed := 0, 0
 	for seed := range uint64(walks) {
-		sc := &scenario{name: "walk", init: inits[seed%4], left: left, maxOut: 3, maxMsg: 4, validate: true}
+		sc := &scenario{name: "walk", init: inits[seed%6], left: left, maxOut: 3, maxMsg: 4, validate: true}
 		w := &world{cfg: sc, left: sc.left}
 		sc.init(w)
 		wk := &walker{x: seed*0x9e3779b97f4a7c15 + 1, w: w}

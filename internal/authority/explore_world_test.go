@@ -83,7 +83,9 @@ type orphan struct {
 // hostState is one host: agent, disk, and its shim with driver state.
 type hostState struct {
 	down, frozen bool
-	disk         pos // what is durable, as one position
+	disk         pos  // what is durable, as one position
+	dead         bool // it takes no writes any more
+	refill       bool // and is being filled anew, from the secondary's
 	side         *Side
 	swap         swapState
 	read         readState
@@ -122,6 +124,8 @@ type budget struct {
 	unknown  int8 // a swap's answer is lost (its request may land late)
 	unread   int8 // a read fails
 	disk     int8 // starts from disk that an agent asks for
+	diskFail int8 // the primary's disk fails
+	refill   int8 // and is filled anew
 }
 
 type world struct {
@@ -134,6 +138,7 @@ type world struct {
 	insts   []instance
 	left    budget
 	runs    int8
+	ca      bool // level ca; else ft
 	viol    string
 	log     func(format string, args ...any) // nil unless a trace is replayed
 }
@@ -401,7 +406,7 @@ func (w *world) endShim(h int) {
 	if hs.swap.state == 1 {
 		w.addOrphan(hs.swap.rev, hs.swap.rec)
 	}
-	*hs = hostState{down: hs.down, frozen: hs.frozen, disk: hs.disk}
+	*hs = hostState{down: hs.down, frozen: hs.frozen, disk: hs.disk, dead: hs.dead}
 	keep := w.msgs[:0]
 	for _, m := range w.msgs {
 		if int(m.to) != h {
@@ -433,7 +438,7 @@ func (w *world) release(h int) {
 	hs := &w.h[h]
 	in := &w.insts[hs.mem.inst]
 	n := in.rel + 1
-	if !w.cfg.mut.notDurable {
+	if !w.cfg.mut.notDurable && !hs.dead {
 		hs.disk = pos{hs.mem.inst, n}
 	}
 	in.rel = n
@@ -472,6 +477,7 @@ func (w *world) check() {
 	if free > 1 {
 		w.fail("rule 1: two instances may let output out freely")
 	}
+	w.checkSomeDisk()
 	// Rule 3: if the power of the site, or one host, failed now, whatever the
 	// record calls fit to start from holds every flushed write that was seen.
 	r := w.rec.Record
@@ -483,5 +489,16 @@ func (w *world) check() {
 			w.fail("rule 3: the record calls the replica on %s UpToDate, but it lacks the flushed write of epoch %d of instance %d, whose effect was seen",
 				hostNames[h], q.n, q.inst)
 		}
+	}
+}
+
+// checkSomeDisk: whatever was seen outside rests on at least one disk.
+func (w *world) checkSomeDisk() {
+	q, all := w.holdsAllReleased(w.h[0].disk)
+	if all {
+		return
+	}
+	if _, all := w.holdsAllReleased(w.h[1].disk); !all {
+		w.fail("rule 3: no disk holds the flushed write of epoch %d of instance %d, whose effect was seen", q.n, q.inst)
 	}
 }

@@ -88,6 +88,10 @@ func FormatEvent(ev Event) string {
 		return fmt.Sprintf("asked: forced takeover of run %s as branch %s", e.Run, e.Branch)
 	case EvSurvivor:
 		return fmt.Sprintf("agent: survivor %s", onWord(e.On))
+	case EvReplicaLost:
+		return "own replica lost: " + e.Reason
+	case EvReplicaBack:
+		return "own replica whole again"
 	case EvTimer:
 		return fmt.Sprintf("timer %s", e.ID)
 	case EvPeerTerm:
@@ -136,6 +140,8 @@ func FormatAction(act Action) string {
 			s += ", peer " + seatWord(model.Seat{Host: a.PeerHost, Run: a.PeerRun})
 		}
 		return s
+	case ActCarry:
+		return "carry to the secondary alone " + onWord(a.On)
 	case ActAlarm:
 		return fmt.Sprintf("alarm %s: %s", a.Code, a.Text)
 	case ActRefuse:

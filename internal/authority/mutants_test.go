@@ -34,6 +34,11 @@ func mutantCases() []mutantCase {
 		{"survivor right used without reading it back", mutants{survivorUnread: true}, initDuplex, budget{epoch: 2, survOn: 1, lost: 2}, "rule"},
 		{"survivor right given up while in use", mutants{offInUse: true}, initDuplex, budget{epoch: 2, survOn: 1, survOff: 2, lost: 2}, "rule"},
 		{"survivor right taken up again on its old write", mutants{survivorStale: true}, initDuplex, budget{epoch: 2, survOn: 2, survOff: 2, lost: 2}, "rule"},
+		{"carried before the record says so", mutants{carryEarly: true}, initDuplexCA, budget{epoch: 2, diskFail: 1}, "rule 3"},
+		{"carried while the replica's return may be recorded", mutants{carryLate: true}, initDuplexCA, budget{epoch: 2, diskFail: 2, refill: 1}, "rule 3"},
+		{"the loss of the replica is not recorded", mutants{lossUnrecorded: true, carryEarly: true}, initDuplexCA, budget{epoch: 2, diskFail: 1}, "rule 3"},
+		{"a primary without a replica drops the secondary", mutants{lossDropsSecondary: true}, initCarried, budget{epoch: 2, lost: 1, protect: 1, connect: 1}, "rule"},
+		{"a replica is whole before it is filled", mutants{backUnfilled: true}, initDuplexCA, budget{epoch: 2, diskFail: 1, refill: 1}, "rule 3"},
 		{"duplex asked for while output is free", mutants{duplexEarly: true}, initSyncing, budget{epoch: 3, lost: 1}, "rule"},
 	}
 }

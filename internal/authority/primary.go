@@ -50,6 +50,10 @@ func (s *Side) wantPrimary() *model.Record {
 		return s.need("drop of the secondary", func() (model.Record, error) { return s.u.lostSecondary(r) })
 	case r.Mode == model.ModeSyncing && s.caughtUp && s.synced.Run != "":
 		return s.need("duplex", func() (model.Record, error) { return s.u.duplex(r, s.synced.Host, s.synced.Run) })
+	case r.Mode == model.ModeDuplex && s.diskLost && !s.diskBack && !replicaLost(r):
+		return s.need("loss of the replica", func() (model.Record, error) { return s.u.lostReplica(r) })
+	case r.Mode == model.ModeDuplex && s.diskBack && replicaLost(r):
+		return s.need("return of the replica", func() (model.Record, error) { return s.u.regainedReplica(r) })
 	case r.Mode == model.ModeDuplex && s.survOn && s.survRead && !s.detached && !s.handing && (r.Survivor == "" || s.survAnew):
 		return s.need("survivor on", func() (model.Record, error) { return s.u.setSurvivor(r, s.cfg.Host, true) })
 	case r.Mode == model.ModeDuplex && s.survOff && !s.detached && !s.handing && r.Survivor != "":
@@ -243,6 +247,10 @@ func (s *Side) onRequest(ev Event) {
 			s.do(ActRefuse{Text: fmt.Sprintf("unprotect: this side is %s", s.phase)})
 			return
 		}
+		if s.diskLost {
+			s.do(ActRefuse{Text: fmt.Sprintf("unprotect: the disks of this host have failed, and host %s holds the only good copy", s.rec.Record.Secondary.Host)})
+			return
+		}
 		s.protect, s.drop, s.dropFinal = "", true, true
 		s.breakOffCopy()
 	case EvSwitchedOver:
@@ -267,6 +275,10 @@ func (s *Side) onRequest(ev Event) {
 		s.branch = e.Branch
 	case EvSurvivor:
 		s.onSurvivor(e, primary)
+	case EvReplicaLost:
+		s.onReplicaLost(e, primary)
+	case EvReplicaBack:
+		s.onReplicaBack(primary)
 	}
 }
 
@@ -279,6 +291,12 @@ func (s *Side) onSurvivor(e EvSurvivor, primary bool) {
 	}
 	if s.handing {
 		return
+	}
+	if s.diskLost {
+		if e.On {
+			s.do(ActRefuse{Text: "survivor: the disks of this host have failed, it could not go on alone"})
+		}
+		return // it was given up with the disks
 	}
 	if !e.On && s.detached && !s.u.mut.offInUse {
 		// Whoever then took it out of the record would let the secondary claim.

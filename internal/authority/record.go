@@ -70,7 +70,8 @@ func Duplex(rec model.Record, host string, run model.RunID) (model.Record, error
 
 // LostSecondary drops the secondary: duplex or syncing → simplex, term+1. A
 // replica that was UpToDate becomes Outdated; a survivor right ends, and what
-// was done under it is recorded by just that.
+// was done under it is recorded by just that. Refused while the primary's own
+// replica is given up.
 func LostSecondary(rec model.Record) (model.Record, error) { return rules{}.lostSecondary(rec) }
 
 // TakeOver makes the secondary, named by its seat, the primary: duplex →
@@ -251,6 +252,9 @@ func (u rules) lostSecondary(rec model.Record) (model.Record, error) {
 	if rec.Mode != model.ModeDuplex && rec.Mode != model.ModeSyncing {
 		return rec, fmt.Errorf("drop secondary: %w: %s", ErrMode, rec.Mode)
 	}
+	if replicaLost(rec) && !u.mut.lossDropsSecondary {
+		return rec, fmt.Errorf("drop secondary: %w: the one on %s is %s, and %s holds the only good copy", ErrReplica, rec.Primary.Host, replicaWord(rec, rec.Primary.Host), rec.Secondary.Host)
+	}
 	n := next(rec, model.ModeSimplex, "secondary "+rec.Secondary.Host+" dropped")
 	n.Secondary, n.Survivor = model.Seat{}, ""
 	if !u.mut.lostKeepsUpToDate {
@@ -370,6 +374,8 @@ func (u rules) setSurvivor(rec model.Record, by string, on bool) (model.Record, 
 		return rec, fmt.Errorf("set survivor: %w: %s", ErrMode, rec.Mode)
 	case by != rec.Primary.Host && !u.mut.survivorByOther:
 		return rec, fmt.Errorf("set survivor by %s: %w: primary is %s", by, ErrSeat, rec.Primary.Host)
+	case on && replicaLost(rec):
+		return rec, fmt.Errorf("set survivor by %s: %w: its own is %s, so it could not go on alone", by, ErrReplica, replicaWord(rec, by))
 	}
 	n := rec.Clone()
 	n.Survivor, n.Reason = "", "survivor removed"

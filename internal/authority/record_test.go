@@ -36,6 +36,12 @@ func life(t *testing.T) map[string]model.Record {
 	r = step("duplex", n, err)
 	n, err = SetSurvivor(r, "a", true)
 	step("survivor", n, err)
+	n.Level = model.LevelCA
+	step("survivor ca", n, nil)
+	r.Level = model.LevelCA
+	step("duplex ca", r, nil)
+	n, err = LostReplica(r)
+	step("carried", n, err)
 	return rs
 }
 
@@ -55,6 +61,19 @@ func TestTransitions(t *testing.T) {
 		{"lost while syncing", "syncing", LostSecondary, nil, model.ModeSimplex},
 		{"lost without one", "simplex", LostSecondary, ErrMode, ""},
 		{"lost as survivor", "survivor", LostSecondary, nil, model.ModeSimplex},
+		{"replica lost at level ft", "duplex", LostReplica, ErrLevel, ""},
+		{"replica lost", "duplex ca", LostReplica, nil, model.ModeDuplex},
+		{"replica lost as survivor", "survivor ca", LostReplica, nil, model.ModeDuplex},
+		{"replica lost twice", "carried", LostReplica, ErrReplica, ""},
+		{"replica lost in simplex", "simplex", LostReplica, ErrMode, ""},
+		{"replica back that was not lost", "duplex ca", RegainedReplica, ErrReplica, ""},
+		{"replica back", "carried", RegainedReplica, nil, model.ModeDuplex},
+		{"carried: lost secondary", "carried", LostSecondary, ErrReplica, ""},
+		{"carried: survivor", "carried", func(r model.Record) (model.Record, error) { return SetSurvivor(r, "a", true) }, ErrReplica, ""},
+		{"carried: takeover", "carried", func(r model.Record) (model.Record, error) { return TakeOver(r, model.Seat{Host: "b", Run: "r2"}) }, nil, model.ModeSimplex},
+		{"carried: power-off", "carried", PowerOff, nil, model.ModeStopped},
+		{"carried: start from the failed disk", "carried", func(r model.Record) (model.Record, error) { return StartFromDisk(r, facts("a", OtherEmpty)) }, ErrReplica, ""},
+		{"carried: start from the good disk", "carried", func(r model.Record) (model.Record, error) { return StartFromDisk(r, facts("b", OtherEmpty)) }, nil, model.ModeStarting},
 		{"takeover", "duplex", func(r model.Record) (model.Record, error) { return TakeOver(r, model.Seat{Host: "b", Run: "r2"}) }, nil, model.ModeSimplex},
 		{"takeover by another run", "duplex", func(r model.Record) (model.Record, error) { return TakeOver(r, model.Seat{Host: "b", Run: "r9"}) }, ErrSeat, ""},
 		{"takeover without memory", "duplex", func(r model.Record) (model.Record, error) { return TakeOver(r, model.Seat{Host: "b"}) }, ErrSeat, ""},
@@ -158,6 +177,13 @@ func TestValidateRefuses(t *testing.T) {
 		"replica ahead":       func(r *model.Record) { r.Replicas["b"] = model.Replica{State: model.UpToDate, Term: 99} },
 		"simplex, pair":       func(r *model.Record) { r.Mode = model.ModeSimplex },
 		"starting with a run": func(r *model.Record) { r.Mode, r.Secondary = model.ModeStarting, model.Seat{} },
+		"carried at level ft": func(r *model.Record) { r.Replicas["a"] = model.Replica{State: model.Inconsistent} },
+		"carried, Outdated": func(r *model.Record) {
+			r.Level, r.Replicas["a"] = model.LevelCA, model.Replica{State: model.Outdated}
+		},
+		"carried by a survivor": func(r *model.Record) {
+			r.Level, r.Survivor, r.Replicas["a"] = model.LevelCA, "a", model.Replica{State: model.Inconsistent}
+		},
 	} {
 		r := life(t)["duplex"].Clone()
 		spoil(&r)

@@ -113,6 +113,11 @@ func (p *play) command(w []string) {
 			r.Replicas[h] = model.Replica{State: model.ReplicaState(st)}
 		}
 		p.write(r)
+	case "level": // ca, after vm or duplex
+		p.rec.Record.Level = model.Level(w[1])
+		for _, s := range p.sides {
+			s.rec.Record.Level = model.Level(w[1])
+		}
 	case "duplex": // from stopped to duplex in one word
 		for _, c := range []string{"vm a=UpToDate b=Outdated", "agent start a", "a starts", "a reads", "a filled r1", "a swaps", "a protect b", "a reads",
 			"a swaps", "b starts", "b reads", "b hears a r1 3", "a hears b -", "a caught-up", "b filled r2 7", "a synced b r2 7", "a swaps", "b told-term 4", "b reads"} {
@@ -221,6 +226,10 @@ func (p *play) side(host, what string, args []string) {
 		p.step(host, EvSurvivor{On: arg(0) == "on"})
 	case "timer":
 		p.step(host, EvTimer{ID: TimerID(arg(0))})
+	case "loses-replica":
+		p.step(host, EvReplicaLost{Reason: strings.Join(args, " ")})
+	case "replica-back":
+		p.step(host, EvReplicaBack{})
 	case "told-term":
 		p.step(host, EvPeerTerm{Term: model.Term(num(0))})
 	default:

@@ -64,6 +64,8 @@ type Side struct {
 	ack  bool
 	told ActMode
 
+	carry bool // ActCarry in force
+
 	primaryState
 	secondaryState
 
@@ -87,6 +89,8 @@ type primaryState struct {
 	survPast   bool       // it was given up once, so the agent may have a removal on its way
 	survAnew   bool       // hence it is held only after one more write of our own
 	detached   bool       // went on alone under the survivor right; irreversible until recorded
+	diskLost   bool       // the own copy of the disks is given up, or its return is not recorded yet
+	diskBack   bool       // and is whole again: to be recorded
 }
 
 // secondaryState is what a secondary wants and knows.
@@ -126,6 +130,9 @@ func (s *Side) Output() OutputRule { return s.out }
 
 // Acking reports whether complete epochs are acknowledged.
 func (s *Side) Acking() bool { return s.ack }
+
+// Carrying reports whether what only the secondary holds may be acknowledged.
+func (s *Side) Carrying() bool { return s.carry }
 
 // Detached reports whether the primary went on alone under the survivor right
 // and the record does not say so yet.
@@ -335,6 +342,7 @@ func (s *Side) onGuestEnded(e EvGuestEnded) {
 
 // mute stops acknowledgements and output, before anything else happens.
 func (s *Side) mute() {
+	s.setCarry(false)
 	if s.ack {
 		s.ack = false
 		s.do(ActAck{On: false})
@@ -371,6 +379,9 @@ func (s *Side) settle() {
 	s.enter(before)
 	var want *model.Record
 	if s.phase == phaseRunning {
+		if s.settleReplica() {
+			return
+		}
 		s.settleSurvivor()
 		want = s.wantPrimary()
 	} else {
@@ -548,6 +559,7 @@ func (s *Side) applyRules() {
 		}
 		return
 	}
+	s.setCarry(s.mayCarry())
 	rule := OutputNone
 	if s.phase == phaseRunning {
 		rule = s.ruleUnder(s.rec.Record)

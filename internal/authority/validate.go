@@ -10,9 +10,10 @@ import (
 // written by this package's transitions: refuse to act on it, and say so.
 //
 // Invariant: in simplex and syncing exactly the primary's replica is UpToDate;
-// in duplex exactly the pair's are; while starting the primary's is. Every
-// UpToDate replica is of the record's branch. Only a primary in duplex can be
-// survivor. No seat holds a run where nothing lives.
+// in duplex exactly the pair's are, but at level ca the primary's may be
+// Inconsistent (LostReplica); while starting the primary's is. Every
+// UpToDate replica is of the record's branch. Only a primary in duplex whose
+// replica counts can be survivor. No seat holds a run where nothing lives.
 func Validate(rec model.Record) error {
 	fail := func(format string, args ...any) error {
 		return fmt.Errorf("record of %s, term %d, %s: %w: %s", rec.VM, rec.Term, rec.Mode, ErrInvalid, fmt.Sprintf(format, args...))
@@ -55,6 +56,11 @@ func Validate(rec model.Record) error {
 			return fail("the secondary holds no run")
 		}
 		allowed[s.Host], want[s.Host] = true, true
+		if rec.Level == model.LevelCA && rec.Replicas[p.Host].State == model.Inconsistent {
+			if delete(want, p.Host); rec.Survivor != "" {
+				return fail("survivor is %s, whose replica is given up", rec.Survivor)
+			}
+		}
 	default:
 		return fail("mode unknown")
 	}

@@ -58,6 +58,14 @@ type HostInfo struct {
 	// CertificateEnds is when the host's certificate does; it is renewed long before.
 	CertificateEnds time.Time     `json:"certificate_ends,omitzero"`
 	Networks        []HostNetwork `json:"networks,omitempty"`
+	FailedDisks     []FailedDisk  `json:"failed_disks,omitempty"`
+}
+
+// FailedDisk is a disk of a host that failed under a VM and was not replaced yet.
+type FailedDisk struct {
+	VM    string    `json:"vm"`
+	Text  string    `json:"text"`
+	Since time.Time `json:"since"`
 }
 
 // HostNetwork is what a host says of one bridge that others may carry.

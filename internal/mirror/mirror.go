@@ -2,7 +2,8 @@
 // (protection level ca): a Source carries out the guest's requests on the local
 // replica and sends them to a Target on the other host, which carries them out on
 // its own; the guest is answered when both have them, and a FLUSH, or a write
-// with FUA, when it is durable on both. Reads are local.
+// with FUA, when it is durable on both. Reads are local. A disk whose replica on this
+// side has failed is carried: the Target's serves it alone, reads included.
 //
 // Order: requests that overlap are in flight one after the other, so that both
 // replicas see them in one order; others have none, and need none: a FLUSH only
@@ -14,9 +15,10 @@
 //
 // Failure: a Source whose peer is gone answers no change until Alone says that
 // the peer does not count any more: nothing that only one side has is
-// acknowledged before that was decided. A request that fails on this side is
-// answered with its error, even if the peer has carried it out. A Target that
-// cannot carry a request out says so to its owner and answers nothing any more.
+// acknowledged before that was decided. A change that fails on this side is
+// answered when the peer has carried it out and Carry says that this is enough,
+// if the Owner agrees to give the replica up; else with its error. A Target that
+// cannot carry a change out says so to its owner and answers nothing any more.
 //
 // It does not guarantee that both replicas are equal while a request is in
 // flight, nor after a crash of either side: what may differ then is what was
@@ -55,6 +57,7 @@ const (
 	opWrite uint8 = 1 + iota
 	opZero
 	opFlush
+	opRead // answered by a message of its own; sees every request that was sent before
 )
 
 // Flags of a request on the wire.
@@ -92,16 +95,28 @@ type Source struct {
 	exports []*Export
 	closed  chan struct{}
 	once    sync.Once
+	owner   Owner
+
+	mu    sync.Mutex    // guards changes of Export.local, and the order of the owner's news
+	carry chan struct{} // guarded by mu; closed while the peer alone may do
 }
 
 // NewSource returns a Source of these replicas that is alone: changes go to
 // them only.
 func NewSource(replicas []Replica) *Source {
-	s := &Source{closed: make(chan struct{})}
+	s := &Source{closed: make(chan struct{}), carry: make(chan struct{})}
 	for n, r := range replicas {
-		s.exports = append(s.exports, &Export{s: s, n: n, r: r})
+		s.exports = append(s.exports, s.newExport(n, r))
 	}
 	return s
+}
+
+// newExport is disk n with a whole replica on this side.
+func (s *Source) newExport(n int, r Replica) *Export {
+	e := &Export{s: s, n: n, size: r.Size()}
+	e.local.Store(&local{r: r, reads: true})
+	e.overlap.Store(new(ranges))
+	return e
 }
 
 // Export is disk n as the guest sees it.
@@ -130,6 +145,9 @@ func (s *Source) Join(send Send, rest func() error) error {
 // called again.
 func (s *Source) Alone() {
 	if l := s.link.Swap(nil); l != nil {
+		s.mu.Lock()
+		s.restore()
+		s.mu.Unlock()
 		close(l.alone)
 	}
 }
@@ -172,14 +190,17 @@ type link struct {
 
 	// order is held from giving a request its number to having sent all of it.
 	order sync.Mutex
-	next  uint64
+	next  atomic.Uint64 // written with order held
 
 	mu      sync.Mutex
 	waiting map[uint64]*pending
 }
 
 type pending struct {
+	id    uint64
 	since time.Time
+	buf   []byte // of a read: where the answer is put
+	err   error  // of a read, once done is closed
 	done  chan struct{}
 }
 
@@ -187,7 +208,7 @@ func (l *link) answered(id uint64) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	p := l.waiting[id]
-	if p == nil {
+	if p == nil || p.buf != nil {
 		return fmt.Errorf("answer to request %d of a mirror, which is not under way", id)
 	}
 	delete(l.waiting, id)
@@ -204,14 +225,14 @@ func (l *link) oldest(now time.Time) (d time.Duration) {
 	return d
 }
 
-// begin sends a request. It does not tell whether that failed: whoever finds the
+// begin sends a request; buf is where the answer to a read is put. It does not tell whether that failed: whoever finds the
 // stream broken tells the owner, who decides, and until then nothing is answered.
-func (l *link) begin(h head, data []byte) *pending {
-	p := &pending{since: time.Now(), done: make(chan struct{})}
+func (l *link) begin(h head, data, buf []byte) *pending {
+	p := &pending{since: time.Now(), buf: buf, done: make(chan struct{})}
 	l.order.Lock()
 	defer l.order.Unlock()
-	l.next++
-	h.ID = l.next
+	h.ID = l.next.Add(1)
+	p.id = h.ID
 	l.mu.Lock()
 	l.waiting[h.ID] = p
 	l.mu.Unlock()
@@ -237,7 +258,8 @@ func (h head) encode() []byte {
 }
 
 // change carries a change out on both sides.
-func (s *Source) change(ctx context.Context, h head, data []byte, local func() error) error {
+func (e *Export) change(ctx context.Context, h head, data []byte, do func(Replica) error) error {
+	s := e.s
 	s.gate.RLock()
 	defer s.gate.RUnlock()
 	select {
@@ -247,68 +269,60 @@ func (s *Source) change(ctx context.Context, h head, data []byte, local func() e
 	}
 	l := s.link.Load()
 	if l == nil {
-		return local()
+		here := e.local.Load()
+		if here.r == nil {
+			return here.err
+		}
+		return do(here.r)
 	}
 	if h.Op != opFlush {
-		o := &s.exports[h.Disk].overlap
-		e := o.lock(h.Off, h.Off+h.Len)
-		defer o.unlock(e)
+		o := e.overlap.Load()
+		held := o.lock(h.Off, h.Off+h.Len)
+		defer o.unlock(held)
 	}
-	p := l.begin(h, data)
-	if err := local(); err != nil {
+	p := l.begin(h, data, nil)
+	here := e.local.Load() // after the lock, see copyPiece
+	if here.r == nil {
+		return s.await(ctx, l, p, false, here.err)
+	}
+	err := do(here.r)
+	if err != nil && !e.lose(here, err) {
 		return err
 	}
-	select {
-	case <-p.done:
-		return nil
-	case <-l.alone:
-		return nil
-	case <-s.closed:
-		return ErrClosed
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
+	return s.await(ctx, l, p, err == nil, err)
 }
 
 // Export is one disk of a Source; it implements nbd.Backend, nbd.Allocator and nbd.Waiter.
 type Export struct {
 	s       *Source
 	n       int
-	r       Replica
-	overlap ranges
+	size    int64
+	local   atomic.Pointer[local]
+	overlap atomic.Pointer[ranges]
+	fetched fetches
 }
 
 // Size is the disk's length in bytes.
-func (e *Export) Size() int64 { return e.r.Size() }
+func (e *Export) Size() int64 { return e.size }
 
 // Waits reports whether requests wait for the peer.
 func (e *Export) Waits() bool { return e.s.Joined() }
 
-// ReadAt reads from the local replica.
-func (e *Export) ReadAt(ctx context.Context, p []byte, off int64) error {
-	return e.r.ReadAt(ctx, p, off)
-}
-
-// Extent tells data from holes, of the local replica.
-func (e *Export) Extent(ctx context.Context, off, n int64) (int64, bool, error) {
-	return e.r.Extent(ctx, off, n)
-}
-
 // WriteAt writes p on both sides, with fua durably.
 func (e *Export) WriteAt(ctx context.Context, p []byte, off int64, fua bool) error {
 	h := head{Op: opWrite, Disk: uint32(e.n), Off: off, Len: int64(len(p)), Flags: flagIf(fua, flagFUA)}
-	return e.s.change(ctx, h, p, func() error { return e.r.WriteAt(ctx, p, off, fua) })
+	return e.change(ctx, h, p, func(r Replica) error { return r.WriteAt(ctx, p, off, fua) })
 }
 
 // Zero makes a range read as zeroes on both sides; punch gives the space back.
 func (e *Export) Zero(ctx context.Context, off, n int64, fua, punch bool) error {
 	h := head{Op: opZero, Disk: uint32(e.n), Off: off, Len: n, Flags: flagIf(fua, flagFUA) | flagIf(punch, flagPunch)}
-	return e.s.change(ctx, h, nil, func() error { return e.r.Zero(ctx, off, n, fua, punch) })
+	return e.change(ctx, h, nil, func(r Replica) error { return r.Zero(ctx, off, n, fua, punch) })
 }
 
 // Flush makes everything durable on both sides that was answered before.
 func (e *Export) Flush(ctx context.Context) error {
-	return e.s.change(ctx, head{Op: opFlush, Disk: uint32(e.n)}, nil, func() error { return e.r.Flush(ctx) })
+	return e.change(ctx, head{Op: opFlush, Disk: uint32(e.n)}, nil, func(r Replica) error { return r.Flush(ctx) })
 }
 
 func flagIf(on bool, f uint8) uint8 {

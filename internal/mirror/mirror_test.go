@@ -18,6 +18,7 @@ type mem struct {
 	data    []byte
 	durable []byte
 	fail    error
+	rfail   error  // of reads
 	slow    func() // before each change
 }
 
@@ -41,6 +42,9 @@ func (m *mem) change(f func()) error {
 func (m *mem) ReadAt(_ context.Context, p []byte, off int64) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.rfail != nil {
+		return m.rfail
+	}
 	copy(p, m.data[off:])
 	return nil
 }
@@ -103,6 +107,11 @@ func newRig(t *testing.T, size int) *rig {
 			return errCut
 		}
 		return r.src.Done(bytes.Join(parts, nil))
+	}, func(parts ...[]byte) error {
+		if r.isCut() {
+			return errCut
+		}
+		return r.src.Data(bytes.Join(parts, nil))
 	}, func(err error) { r.failed <- err })
 	go func() {
 		defer close(r.over)
@@ -331,7 +340,8 @@ func TestLocalFailure(t *testing.T) {
 // TestMalformed: whatever comes, a target refuses what is no request of its disks.
 func TestMalformed(t *testing.T) {
 	m := newMem(8192)
-	d := NewTarget([]Replica{m}, func(...[]byte) error { return nil }, func(error) {})
+	none := func(...[]byte) error { return nil }
+	d := NewTarget([]Replica{m}, none, none, func(error) {})
 	enc := func(h head, data int) []byte { return append(h.encode(), make([]byte, data)...) }
 	for name, p := range map[string][]byte{
 		"empty":         nil,
@@ -346,6 +356,9 @@ func TestMalformed(t *testing.T) {
 		"too few bytes": enc(head{Op: opWrite, Len: 512}, 511),
 		"too many":      enc(head{Op: opZero, Len: 512}, 1),
 		"flag":          enc(head{Op: opFlush, Flags: flagFUA}, 0),
+		"empty read":    enc(head{Op: opRead}, 0),
+		"long read":     enc(head{Op: opRead, Len: 8193}, 0),
+		"read flag":     enc(head{Op: opRead, Len: 1, Flags: flagFUA}, 0),
 		"unknown flag":  enc(head{Op: opZero, Len: 1, Flags: 0x80}, 0),
 	} {
 		if err := d.Take(p); err == nil {
@@ -362,8 +375,10 @@ func FuzzTake(f *testing.F) {
 	f.Add(head{Op: opWrite, Len: 4}.encode())
 	f.Add(append(head{Op: opWrite, Len: 4}.encode(), 1, 2, 3, 4))
 	f.Add(head{Op: opZero, Len: 100, Flags: flagPunch}.encode())
+	f.Add(head{Op: opRead, Len: 100}.encode())
 	f.Fuzz(func(t *testing.T, p []byte) {
-		d := NewTarget([]Replica{newMem(8192)}, func(...[]byte) error { return nil }, func(err error) { t.Error(err) })
+		none := func(...[]byte) error { return nil }
+		d := NewTarget([]Replica{newMem(8192)}, none, none, func(err error) { t.Error(err) })
 		_ = d.Take(p) // must neither panic nor reach outside of the disk
 		d.Settle()
 	})
@@ -372,7 +387,8 @@ func FuzzTake(f *testing.F) {
 func Example() {
 	a, b := newMem(4096), newMem(4096)
 	src := NewSource([]Replica{a})
-	dst := NewTarget([]Replica{b}, func(p ...[]byte) error { return src.Done(bytes.Join(p, nil)) }, func(error) {})
+	dst := NewTarget([]Replica{b}, func(p ...[]byte) error { return src.Done(bytes.Join(p, nil)) },
+		func(p ...[]byte) error { return src.Data(bytes.Join(p, nil)) }, func(error) {})
 	_ = src.Join(func(p ...[]byte) error { return dst.Take(bytes.Join(p, nil)) }, func() error { return nil })
 	_ = src.Export(0).WriteAt(context.Background(), []byte("both"), 0, true)
 	fmt.Println(string(a.data[:4]), string(b.durable[:4]))

@@ -147,6 +147,28 @@ func TestOutOfOrder(t *testing.T) {
 	}
 }
 
+// A backend that hangs must not hold a client: cut off, it connects again and asks anew.
+func TestCut(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	d.gate = make(chan struct{})
+	cut := make(chan struct{})
+	sock := serveDisks(t, map[string]Backend{"disk0": d}, Options{Cut: cut})
+	c := open(t, sock, "disk0", true)
+	c.send(t, requestBytes(cmdRead, 0, 1, 0, 4096, nil)) // hangs
+	if r := c.do(t, cmdRead, 0, 4096, 4096, nil); r.errno != 0 {
+		t.Fatal(r.errno)
+	}
+	cut <- struct{}{}
+	if _, err := c.receive(4096); err == nil {
+		t.Error("the request that hung was answered")
+	}
+	again := open(t, sock, "disk0", true)
+	if r := again.do(t, cmdRead, 0, 4096, 4096, nil); r.errno != 0 {
+		t.Errorf("after the cut: %d", r.errno)
+	}
+	close(d.gate)
+}
+
 // A client that asks for everything and reads nothing must not make the server
 // allocate more than the budget, nor keep Serve from ending.
 func TestMemoryIsBoundedForAClientThatNeverReads(t *testing.T) {

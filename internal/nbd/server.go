@@ -23,6 +23,10 @@ type Options struct {
 	// had to wait for; it is called from many goroutines at once and must be quick.
 	Took func(d time.Duration)
 
+	// Cut, if set, ends all connections for each element, without answering what is
+	// under way: a client that connects again asks anew.
+	Cut <-chan struct{}
+
 	// Closed, if set, is called once for each connection that ended, with the export
 	// ("" if none was chosen) and why: nil after a proper goodbye. It may be called
 	// from several goroutines at once.
@@ -84,6 +88,19 @@ func Serve(ctx context.Context, ln net.Listener, exports map[string]Backend, opt
 	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 
+	var cutting sync.WaitGroup
+	defer cutting.Wait()
+	over, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	cutting.Go(func() {
+		for over.Err() == nil {
+			select {
+			case <-s.opts.Cut:
+				s.cut()
+			case <-over.Done():
+			}
+		}
+	})
 	var conns sync.WaitGroup
 	err := s.accept(ctx, work, ln, &conns)
 	stopped := ctx.Err() != nil

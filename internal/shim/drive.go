@@ -57,6 +57,8 @@ func (s *Shim) act(a authority.Action) {
 		s.goWork(func() { s.swap(a) })
 	case authority.ActOutput:
 		s.setOutput(a.Rule)
+	case authority.ActCarry:
+		s.setCarry(a.On)
 	case authority.ActAck:
 		if st := s.standby(); st != nil {
 			st.setAcking(a.On)
@@ -191,7 +193,7 @@ func (s *Shim) setMode(a authority.ActMode) {
 	s.mu.Lock()
 	old := s.mode
 	s.mode = a
-	prim := s.prim
+	prim, replica := s.prim, s.record.Record.Replicas[s.cfg.Host]
 	s.mu.Unlock()
 	s.tl.setTerm(a.Term)
 	if a == old {
@@ -208,7 +210,12 @@ func (s *Shim) setMode(a authority.ActMode) {
 	case model.ModeSyncing:
 		prim.protect(a.PeerHost, a.Term)
 	case model.ModeDuplex:
-		prim.protected()
+		if old.Mode != a.Mode {
+			prim.protected()
+		}
+		if prim.carrier != nil {
+			prim.carrier.recorded(replica)
+		}
 	case model.ModeSimplex:
 		s.tl.solved(pairApart)
 		prim.alone()

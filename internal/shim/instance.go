@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"perdure/internal/blockstore"
@@ -47,6 +48,9 @@ type instance struct {
 	clean    []bool // by disk: its last user had closed it properly
 	vols     []*blockstore.Volume
 	mirror   *mirror.Source // level ca: the disks as the guest sees them
+	carrier  atomic.Pointer[diskCarrier]
+	watches  map[string]*vfs.Watch // by disk, level ca; guarded by mu
+	nbdCuts  []chan struct{}       // by NBD server: ends its connections; guarded by mu
 	taps     []string
 	latency  latencyMeter // of the guest's disk requests
 	undo     []func()
@@ -55,6 +59,7 @@ type instance struct {
 	closeOnce sync.Once
 
 	mu      sync.Mutex
+	fresh   []*blockstore.Store // opened since the start
 	running bool
 	since   time.Time     // of running
 	ran     time.Duration // before
@@ -167,7 +172,7 @@ func (i *instance) openDisks(incoming bool) error {
 				return err
 			}
 		}
-		st, err := blockstore.Open(vfs.OS{}, dir, d.ID, blockstore.Options{})
+		st, err := blockstore.Open(i.diskFS(d.ID), dir, d.ID, blockstore.Options{})
 		if err != nil {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
@@ -190,9 +195,10 @@ func (i *instance) openDisks(incoming bool) error {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
+	cut := i.nbdCut()
 	go func() {
 		defer close(done)
-		if err := nbd.Serve(ctx, ln, exports, nbd.Options{Took: i.latency.took}); err != nil && ctx.Err() == nil {
+		if err := nbd.Serve(ctx, ln, exports, nbd.Options{Took: i.latency.took, Cut: cut}); err != nil && ctx.Err() == nil {
 			i.log.Error("disk server ended", "error", err)
 		}
 	}()

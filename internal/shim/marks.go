@@ -25,10 +25,16 @@ func (s *Shim) markMode(a authority.ActMode) {
 	default:
 		return
 	}
+	s.mu.Lock()
+	mine := s.record.Record.Replicas[s.cfg.Host].State
+	s.mu.Unlock()
+	if mine != model.UpToDate {
+		return // given up, see carry.go
+	}
 	s.goWork(func() {
 		s.markMu.Lock()
 		defer s.markMu.Unlock()
-		for n, st := range inst.stores {
+		for n, st := range inst.storeList() {
 			if m := st.Meta(); m.State != model.UpToDate || m.Term > a.Term {
 				continue // a later mode was faster
 			}

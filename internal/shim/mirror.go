@@ -28,6 +28,7 @@ const (
 	kindMirror     uint8 = 64 + iota // one request of package mirror
 	kindMirrorFull                   // beat: with what came before, the secondary's disks are complete
 	kindMirrored                     // secondary to primary: numbers of requests that were carried out
+	kindMirrorData                   // secondary to primary: the answer to a read
 )
 
 // mirrorKind reports whether a message from a primary belongs to level ca alone.
@@ -47,6 +48,8 @@ func (i *instance) mirrorDisks(exports map[string]nbd.Backend) {
 		return
 	}
 	i.mirror = mirror.NewSource(i.replicas())
+	i.ownMirror()
+	i.onClose(i.closeFresh)
 	for n, d := range i.cfg.Spec.Disks {
 		exports[d.ID] = i.mirror.Export(n)
 	}
@@ -121,6 +124,7 @@ func (p *primary) mirrorAlone() <-chan struct{} {
 			return
 		}
 		p.inst.mirror.Alone()
+		p.carrier.dropped()
 	})
 	return done
 }
@@ -159,19 +163,22 @@ func (pr *pair) unsound(err error) {
 	}
 	pr.p.s.log.Error("pair given up", "error", err)
 	pr.markLost()
-	pr.p.s.post(authority.EvUnprotect{Reason: err.Error()})
+	pr.giveUpPair(err.Error())
 }
 
 // newTarget is the standby's side of the mirror.
 func (st *standby) newTarget() *mirror.Target {
-	answer := func(parts ...[]byte) error {
-		st.mu.Lock()
-		sess := st.sess
-		st.mu.Unlock()
-		return sess.Send(st.ctx, kindMirrored, parts...)
+	send := func(kind uint8) mirror.Send {
+		return func(parts ...[]byte) error {
+			st.mu.Lock()
+			sess := st.sess
+			st.mu.Unlock()
+			return sess.Send(st.ctx, kind, parts...)
+		}
 	}
-	return mirror.NewTarget(st.inst.replicas(), answer, func(err error) {
+	return mirror.NewTarget(st.inst.replicas(), send(kindMirrored), send(kindMirrorData), func(err error) {
 		if st.ctx.Err() == nil {
+			st.s.noteDiskFailed(err)
 			st.s.post(authority.EvGuestEnded{Reason: "disk of the standby: " + err.Error()})
 		}
 	})

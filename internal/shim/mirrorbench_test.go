@@ -59,7 +59,7 @@ func BenchmarkMirroredWrite(b *testing.B) {
 	near, far := benchSession(b)
 	src := mirror.NewSource([]mirror.Replica{vols[0]})
 	dst := mirror.NewTarget([]mirror.Replica{vols[1]}, func(p ...[]byte) error { return far.Send(b.Context(), kindMirrored, p...) },
-		func(err error) { b.Error(err) })
+		func(p ...[]byte) error { return far.Send(b.Context(), kindMirrorData, p...) }, func(err error) { b.Error(err) })
 	const kindEcho = 200
 	echo := make(chan struct{}, 1)
 	go func() {

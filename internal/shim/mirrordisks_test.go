@@ -49,7 +49,7 @@ func (m *mirrored) protect() int64 {
 	m.p.d.inst.markMirrored()
 	m.s.st.Detach() // as a standby of level ca, which is never attached
 	dst := mirror.NewTarget(m.s.d.inst.replicas(), func(parts ...[]byte) error { return m.src.Done(bytes.Join(parts, nil)) },
-		func(err error) { m.t.Error(err) })
+		func(parts ...[]byte) error { return m.src.Data(bytes.Join(parts, nil)) }, func(err error) { m.t.Error(err) })
 	m.p.must(m.src.Join(func(parts ...[]byte) error { return dst.Take(bytes.Join(parts, nil)) }, func() error { return nil }))
 	m.at()
 	return n

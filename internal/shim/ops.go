@@ -52,6 +52,8 @@ func (s *Shim) do(ctx context.Context, op shimapi.Op) (string, error) {
 		}
 		n, err := try(ctx)
 		return fmt.Sprintf("epoch %d loads", n), err
+	case "disk-replace":
+		return s.doDisk(op)
 	case "quit":
 		if s.primary() != nil {
 			return "", errors.New("this shim runs the VM")

@@ -179,8 +179,12 @@ func (pr *pair) receive() {
 			pr.unsound(err)
 			return
 		}
-		if m.Kind == kindMirrored {
-			if err := pr.p.inst.mirror.Done(m.Payload); err != nil {
+		if m.Kind == kindMirrored || m.Kind == kindMirrorData {
+			take := pr.p.inst.mirror.Done
+			if m.Kind == kindMirrorData {
+				take = pr.p.inst.mirror.Data
+			}
+			if err := take(m.Payload); err != nil {
 				pr.unsound(err)
 				return
 			}
@@ -237,7 +241,7 @@ func (pr *pair) onUrgent(kind uint8, payload []byte) {
 				Text:   fmt.Sprintf("host %s: %s", pr.host, text),
 				Action: "none: the secondary is filled anew; if it comes back, check the memory of both hosts"})
 			pr.markLost()
-			s.post(authority.EvUnprotect{Reason: text})
+			pr.giveUpPair(text)
 		}()
 	}
 }
@@ -315,7 +319,9 @@ func (pr *pair) beat() {
 		oldest = max(oldest, time.Since(c.done))
 	}
 	if m := pr.p.inst.mirror; m != nil {
-		oldest = m.Oldest()
+		if oldest = m.Oldest(); pr.p.carries() {
+			oldest = 0 // slow or not, it holds the only good copy
+		}
 	}
 	slow := pr.slow.Observe(bootNow(), oldest)
 	pr.mu.Unlock()
@@ -361,6 +367,7 @@ func (pr *pair) persist(c *captured) {
 		if pr.isLost() || pr.ctx.Err() != nil {
 			return // leaving the pair does it again, and waits for a disk with room
 		}
+		pr.p.s.noteDiskFailed(err)
 		pr.p.guestEnded("disk: " + err.Error())
 		return
 	}
@@ -535,6 +542,7 @@ func (pr *pair) committer() {
 		switch a.Kind {
 		case epoch.Commit:
 			if err := pr.commit(c); err != nil && pr.ctx.Err() == nil && !pr.isLost() {
+				pr.p.s.noteDiskFailed(err)
 				pr.p.guestEnded("disk: " + err.Error())
 				return
 			}

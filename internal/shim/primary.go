@@ -61,7 +61,8 @@ type primary struct {
 	latency atomic.Int64 // commit latency measured last, for the pacer
 	timing  atomic.Bool  // the guest's clock is being set right
 	ended   sync.Once
-	mu      sync.Mutex // guards what others read
+	carrier *diskCarrier // level ca
+	mu      sync.Mutex   // guards what others read
 	state   model.RunState
 	cur     *pair
 	// goingAlone is closed when mirrorAlone is done, nil while it is not under way.
@@ -94,6 +95,9 @@ func newPrimary(s *Shim, inst *instance, d *disks, last model.Epoch) *primary {
 	if inst.ram != nil {
 		p.forward(inst.ram.Pressure())
 		p.goWork(p.clean)
+	}
+	if inst.mirror != nil {
+		p.carrier = newCarrier(p)
 	}
 	p.forward(inst.bound)
 	p.goWork(p.loop)
@@ -676,6 +680,9 @@ func (p *primary) beat() {
 	if pr != nil {
 		pr.beat()
 	}
+	if p.carrier != nil {
+		p.carrier.watchDisks()
+	}
 	p.kick()
 }
 
@@ -698,5 +705,8 @@ func (p *primary) fill(st *shimapi.Status) {
 	}
 	if p.cur != nil {
 		p.cur.fillStatus(st)
+	}
+	if p.carrier != nil {
+		p.carrier.fillStatus(st)
 	}
 }

@@ -355,7 +355,8 @@ func TestVerifyMirrored(t *testing.T) {
 	p := newScrubPair(t)
 	jitter := func(v *blockstore.Volume) mirror.Replica { return slowReplica{v} }
 	src := mirror.NewSource([]mirror.Replica{jitter(p.a.vol)})
-	dst := mirror.NewTarget([]mirror.Replica{jitter(p.b.vol)}, func(parts ...[]byte) error { return src.Done(bytes.Join(parts, nil)) }, func(err error) { t.Error(err) })
+	dst := mirror.NewTarget([]mirror.Replica{jitter(p.b.vol)}, func(parts ...[]byte) error { return src.Done(bytes.Join(parts, nil)) },
+		func(parts ...[]byte) error { return src.Data(bytes.Join(parts, nil)) }, func(err error) { t.Error(err) })
 	stream := make(chan []byte, 64)
 	streamed := make(chan struct{})
 	go func() {

@@ -106,6 +106,7 @@ func (s *Shim) startStandby() {
 	st.goWork(func() {
 		if err := st.open(); err != nil && st.ctx.Err() == nil {
 			s.tl.add("standby-failed", 0, 0, "%v", err)
+			s.noteDiskFailed(err)
 			s.startFailed(err)
 		}
 	})
@@ -486,6 +487,7 @@ func (st *standby) takeEnd(p []byte) error {
 		return err
 	}
 	if err := st.journal(c); err != nil {
+		st.s.noteDiskFailed(err)
 		st.s.post(authority.EvGuestEnded{Reason: "disk of the standby: " + err.Error()})
 		return err
 	}
@@ -647,6 +649,7 @@ func (st *standby) applier() {
 		select {
 		case c := <-applyQ:
 			if err := st.apply(c); err != nil {
+				st.s.noteDiskFailed(err)
 				st.mu.Lock()
 				st.applyErr = err
 				st.mu.Unlock()

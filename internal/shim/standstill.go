@@ -174,8 +174,10 @@ func (p *primary) onEvent(ev qemu.Event) {
 	case "GUEST_PANICKED":
 		p.fault("guest-panic", "the guest's kernel panicked")
 	case "BLOCK_IO_ERROR":
-		if (p.held || p.mirrored && p.s.isDuplex()) && p.pair != nil && !p.pair.isLost() {
-			// The other host's disk works, and there the request is made again.
+		if p.held && p.pair != nil && !p.pair.isLost() {
+			// The other host's disk works, and there the request is made again. (At level
+			// ca the mirror turns to it by itself: what it reports failed on both.)
+			p.s.noteGuestError(ev.Data)
 			p.guestEnded("disk of this host: " + string(ev.Data))
 			return
 		}

@@ -148,7 +148,7 @@ func (v *verifier) start(opts shimapi.VerifyOptions) (string, error) {
 	}
 	var fresh []model.VerifiedDisk
 	for n, spec := range v.s.cfg.Spec.Disks {
-		fresh = append(fresh, model.VerifiedDisk{Disk: spec.ID, Size: p.inst.stores[n].Size(), Ranges: []model.VerifiedRange{}})
+		fresh = append(fresh, model.VerifiedDisk{Disk: spec.ID, Size: p.inst.store(n).Size(), Ranges: []model.VerifiedRange{}})
 	}
 	todo := planVerify(r, old, fresh, disks)
 	v.report, v.stop, v.gauge, v.now = r, stop, nil, 0
@@ -234,7 +234,10 @@ func (v *verifier) disks(name string) (list []int, err error) {
 // everything, and else each replica with its own checksums. The context ends with
 // what is compared, and is to be cancelled at the end.
 func (p *primary) newScrub(rate int64) (*scrub, context.Context, context.CancelCauseFunc, error) {
-	sc := &scrub{stores: p.inst.stores, host: p.s.cfg.Host, step: func() int64 { return stepFor(rate, false) }}
+	if m := p.inst.mirror; m != nil && len(m.Carried()) > 0 {
+		return nil, nil, nil, errors.New("a disk of this host has failed and is carried by the other one: there are no two replicas to compare before it is replaced")
+	}
+	sc := &scrub{stores: p.inst.storeList(), host: p.s.cfg.Host, step: func() int64 { return stepFor(rate, false) }}
 	p.mu.Lock()
 	pr := p.cur
 	p.mu.Unlock()

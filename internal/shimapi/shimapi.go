@@ -104,8 +104,9 @@ type Op struct {
 	// sure, because its host's agent holds the run lock; Host: that host), "trial"
 	// (of a standby: load its newest state in a scratch QEMU now; with Value
 	// "next" the one after the last that was tried so, which holds the primary
-	// back meanwhile), "verify" (of a running primary; Value: VerifyOptions as
-	// JSON), "verify-stop".
+	// back meanwhile), "disk-replace" (of a primary of level ca: make the failed
+	// replica of the disk with the id Value anew here and fill it from the secondary's),
+	// "verify" (of a running primary; Value: VerifyOptions as JSON), "verify-stop".
 	Op    string `json:"op"`
 	Host  string `json:"host,omitempty"`
 	Force bool   `json:"force,omitempty"`

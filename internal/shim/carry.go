@@ -1,0 +1,470 @@
+package shim
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"perdure/internal/authority"
+	"perdure/internal/blockstore"
+	"perdure/internal/mirror"
+	"perdure/internal/model"
+	"perdure/internal/shimapi"
+	"perdure/internal/vfs"
+)
+
+// Level ca: a disk of the host that runs the guest fails. The mirror serves it from
+// the secondary's replica; the record says so before the first write that only
+// the secondary holds is answered (authority.EvReplicaLost, ActCarry). The guest
+// notices nothing. When the disk was replaced its replica is filled from the
+// secondary while the guest works, and the record says so again.
+
+// problemCarried stands while a disk of this host is carried by the secondary.
+const problemCarried = "disk-carried"
+
+// stallLimit is for how long an operation of a local disk may be under way at
+// level ca before the disk counts as failed: less than guests wait for theirs.
+const stallLimit = 20 * time.Second
+
+// diskCarrier is what a primary of level ca knows of its own disks.
+type diskCarrier struct {
+	p    *primary
+	news chan func() // told by the mirror, in order; see mirror.Owner
+
+	mu      sync.Mutex
+	why     map[int]error // by disk: what was lost and is not back
+	granted bool          // the record says so
+	filling map[int]*model.Progress
+	begun   map[int]time.Time
+}
+
+// newCarrier makes p the owner of its instance's mirror.
+func newCarrier(p *primary) *diskCarrier {
+	c := &diskCarrier{p: p, news: make(chan func(), 64), why: map[int]error{}, filling: map[int]*model.Progress{}, begun: map[int]time.Time{}}
+	p.goWork(func() {
+		for {
+			select {
+			case f := <-c.news:
+				f()
+			case <-p.ctx.Done():
+				return
+			}
+		}
+	})
+	p.inst.carrier.Store(c)
+	return c
+}
+
+// own has the mirror's news go to the carrier, once there is one.
+func (i *instance) ownMirror() {
+	i.mirror.Own(mirror.Owner{
+		Lost: func(n int, err error) bool {
+			c := i.carrier.Load()
+			return c != nil && c.lost(n, err)
+		},
+		Back: func() {
+			if c := i.carrier.Load(); c != nil {
+				c.tell(func() { c.p.s.post(authority.EvReplicaBack{}) })
+			}
+		},
+	})
+	for n, v := range i.vols {
+		v.SetFetch(i.mirror.Export(n).Fetch)
+	}
+}
+
+func (c *diskCarrier) tell(f func()) {
+	select {
+	case c.news <- f:
+	case <-c.p.ctx.Done():
+	}
+}
+
+// lost judges an error of a local replica: true where the guest goes on with the
+// secondary's. It is called with locks held, see mirror.Owner.
+func (c *diskCarrier) lost(n int, err error) bool {
+	p := c.p
+	p.mu.Lock()
+	pr := p.cur
+	p.mu.Unlock()
+	if pr == nil || pr.isLost() || p.ctx.Err() != nil {
+		return false
+	}
+	if !p.s.isDuplex() {
+		// The secondary is not one by the record yet. What it has may be more than is here.
+		c.tell(func() { pr.unsound(fmt.Errorf("disk %s of this host failed: %w", p.diskID(n), err)) })
+		return false
+	}
+	c.mu.Lock()
+	c.why[n] = err
+	c.mu.Unlock()
+	c.tell(func() {
+		p.s.log.Error("disk lost", "disk", p.diskID(n), "error", err)
+		p.s.tl.add(lostEvent(err), 0, 0, "disk %s of this host has failed: %s", p.diskID(n), diskCause(err))
+		p.s.post(authority.EvReplicaLost{Reason: fmt.Sprintf("disk %s: %v", p.diskID(n), err)})
+		time.AfterFunc(time.Second, c.showProblem) // that the record waits, if it does
+	})
+	return true
+}
+
+func (p *primary) diskID(n int) string { return p.s.cfg.Spec.Disks[n].ID }
+
+// showProblem says which disks are carried, or that none is any more.
+func (c *diskCarrier) showProblem() {
+	p := c.p
+	c.mu.Lock()
+	var ids, why []string
+	for n := range p.s.cfg.Spec.Disks {
+		if err := c.why[n]; err != nil {
+			ids = append(ids, p.diskID(n))
+			why = append(why, diskCause(err))
+		}
+	}
+	granted := c.granted
+	c.mu.Unlock()
+	if len(ids) == 0 {
+		p.s.tl.solved(problemCarried)
+		return
+	}
+	peer := p.s.peerHost()
+	if !granted {
+		p.s.tl.problem(model.Problem{Code: problemCarried, Severity: model.Critical,
+			Text: fmt.Sprintf("the copy on host %s of disk %s has failed (%s); what the guest writes waits until the cluster has noted that the one of host %s is the only good one",
+				p.s.cfg.Host, strings.Join(ids, ", "), strings.Join(why, "; "), peer),
+			Action: "none, it takes milliseconds; if it stays so, bring a majority of the voters back"})
+		return
+	}
+	p.s.tl.problem(model.Problem{Code: problemCarried, Severity: model.Critical,
+		Text: fmt.Sprintf("the copy on host %s of disk %s has failed (%s); the guest works on the one of host %s, which is the only good one",
+			p.s.cfg.Host, strings.Join(ids, ", "), strings.Join(why, "; "), peer),
+		Action: fmt.Sprintf("replace the disk of host %s, then: perdure disk replace %s %s --host %s; if host %s is lost before, the VM stops",
+			p.s.cfg.Host, p.s.cfg.Spec.Name, ids[0], p.s.cfg.Host, peer)})
+}
+
+// peerHost is the other host of the pair.
+func (s *Shim) peerHost() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.mode.PeerHost
+}
+
+// setCarry puts the right to answer for the secondary alone in force, or ends it,
+// before it returns.
+func (s *Shim) setCarry(on bool) {
+	p := s.primary()
+	if p == nil || p.carrier == nil {
+		return
+	}
+	p.inst.mirror.Carry(on)
+	p.carrier.mu.Lock()
+	p.carrier.granted = on
+	p.carrier.mu.Unlock()
+	if !on {
+		return
+	}
+	p.carrier.showProblem()
+	s.tl.add("disk-carried", 0, 0, "the guest goes on with the disks of host %s", s.peerHost())
+	for _, n := range p.inst.mirror.Carried() {
+		p.carrier.retireStore(n)
+	}
+}
+
+// retireStore gives up what is left of a replica that failed. Its own metadata
+// say so where they still can be written: they may be all that is left one day.
+func (c *diskCarrier) retireStore(n int) {
+	c.mu.Lock()
+	why := c.why[n]
+	c.mu.Unlock()
+	st := c.p.inst.store(n)
+	if why == nil || st.Err() != nil {
+		return
+	}
+	if errors.Is(why, syscall.ETIMEDOUT) {
+		st.GiveUp(why) // what is written there would wait for ever
+		return
+	}
+	c.p.s.goWork(func() {
+		c.p.s.markMu.Lock()
+		defer c.p.s.markMu.Unlock()
+		if st.Meta().State == model.UpToDate {
+			_ = st.SetMeta(func(m *blockstore.Meta) { m.State = model.Outdated }) // the record counts
+		}
+		st.GiveUp(why)
+	})
+}
+
+// recorded notes what the record says of this host's replicas while duplex.
+func (c *diskCarrier) recorded(r model.Replica) {
+	c.mu.Lock()
+	back := r.State == model.UpToDate && len(c.why) > 0 && len(c.p.inst.mirror.Carried()) == 0
+	if back {
+		clear(c.why)
+	}
+	c.mu.Unlock()
+	if back {
+		c.p.s.tl.add("disk-restored", 0, 0, "the disks of this host are whole again: each write goes to both hosts")
+		c.showProblem()
+	}
+}
+
+// dropped notes that the secondary was dropped before anything was carried: the
+// errors of this host's disks are the guest's affair.
+func (c *diskCarrier) dropped() {
+	if len(c.p.inst.mirror.Carried()) > 0 {
+		return
+	}
+	c.mu.Lock()
+	clear(c.why)
+	c.mu.Unlock()
+	c.showProblem()
+}
+
+// carries reports whether the secondary holds the only good copy of a disk.
+func (p *primary) carries() bool {
+	return p.carrier != nil && len(p.inst.mirror.Carried()) > 0
+}
+
+// watchDisks gives up disks that do not answer any more.
+func (c *diskCarrier) watchDisks() {
+	i := c.p.inst
+	for n, d := range c.p.s.cfg.Spec.Disks {
+		i.mu.Lock()
+		w, cuts := i.watches[d.ID], i.nbdCuts
+		i.mu.Unlock()
+		if w == nil || w.Oldest() < stallLimit || !i.mirror.GiveUp(n, fmt.Errorf("no answer for %v: %w", stallLimit, syscall.ETIMEDOUT)) {
+			continue
+		}
+		for _, cut := range cuts { // what waits in the kernel waits on: QEMU connects again and asks anew
+			select {
+			case cut <- struct{}{}:
+			default:
+			}
+		}
+	}
+}
+
+// nbdCut is what ends the connections of one more server of disks.
+func (i *instance) nbdCut() <-chan struct{} {
+	cut := make(chan struct{}, 1)
+	i.mu.Lock()
+	i.nbdCuts = append(i.nbdCuts, cut)
+	i.mu.Unlock()
+	return cut
+}
+
+// store is the replica of disk n now.
+func (i *instance) store(n int) *blockstore.Store {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.stores[n]
+}
+
+// storeList is all of them.
+func (i *instance) storeList() []*blockstore.Store {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return append([]*blockstore.Store(nil), i.stores...)
+}
+
+// diskFS is the file system under the replica of a disk, watched at level ca.
+func (i *instance) diskFS(id string) vfs.FS {
+	if i.cfg.Spec.Level != model.LevelCA {
+		return vfs.OS{}
+	}
+	w := vfs.NewWatch(vfs.OS{}, bootNow)
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.watches == nil {
+		i.watches = map[string]*vfs.Watch{}
+	}
+	i.watches[id] = w
+	return w
+}
+
+// replaceDisk makes the replica of a carried disk anew and fills it from the
+// secondary. It returns when the new one is open; the rest is told by events.
+func (p *primary) replaceDisk(id string) (string, error) {
+	n := -1
+	for k, d := range p.s.cfg.Spec.Disks {
+		if d.ID == id {
+			n = k
+		}
+	}
+	c := p.carrier
+	switch {
+	case n < 0:
+		return "", fmt.Errorf("VM %q has no disk %q", p.s.cfg.Spec.Name, id)
+	case c == nil:
+		return "", fmt.Errorf("at level %s the host that runs the VM has good disks, or it does not run there: replace the disk of the other host", p.s.cfg.Spec.Level)
+	}
+	c.mu.Lock()
+	why, busy := c.why[n], c.filling[n] != nil
+	if why != nil && !busy {
+		c.filling[n], c.begun[n] = &model.Progress{What: "disk " + id, Total: p.s.cfg.Spec.Disks[n].Size, ETASeconds: -1}, time.Now()
+	}
+	c.mu.Unlock()
+	switch {
+	case why == nil:
+		return "", fmt.Errorf("the replica of disk %s on host %s is good: there is nothing to replace", id, p.s.cfg.Host)
+	case busy:
+		return "", fmt.Errorf("disk %s is being filled already", id)
+	}
+	st, err := c.freshStore(n)
+	if err != nil {
+		c.endFilling(n)
+		return "", err
+	}
+	p.s.tl.add("disk-filling", 0, 0, "the new disk %s is filled from host %s", id, p.s.peerHost())
+	p.goWork(func() { c.refill(n, st) })
+	return fmt.Sprintf("filling disk %s from host %s", id, p.s.peerHost()), nil
+}
+
+func (c *diskCarrier) endFilling(n int) {
+	c.mu.Lock()
+	delete(c.filling, n)
+	c.mu.Unlock()
+}
+
+// freshStore takes away what is left of a failed replica and makes an empty one,
+// which says that it is Inconsistent until it is filled.
+func (c *diskCarrier) freshStore(n int) (_ *blockstore.Store, err error) {
+	p, i := c.p, c.p.inst
+	d, dir := p.s.cfg.Spec.Disks[n], filepath.Join(p.s.cfg.Dir, shimapi.DiskDir)
+	old := i.store(n)
+	old.GiveUp(errors.New("it is replaced"))
+	closed := make(chan struct{})
+	go func() { _ = old.Close(); close(closed) }() // a device that does not answer is not waited for
+	select {
+	case <-closed:
+	case <-time.After(2 * time.Second):
+	}
+	if err := blockstore.Remove(vfs.OS{}, dir, d.ID); err != nil {
+		return nil, err
+	}
+	err = blockstore.Create(vfs.OS{}, dir, blockstore.Params{ID: d.ID, VM: p.s.cfg.Spec.UUID, Size: d.Size, State: model.Inconsistent, Device: old.Meta().Image})
+	if err != nil {
+		return nil, err
+	}
+	st, err := blockstore.Open(i.diskFS(d.ID), dir, d.ID, blockstore.Options{}) // the old one's is not watched any more
+	if err != nil {
+		return nil, err
+	}
+	i.mu.Lock()
+	i.fresh = append(i.fresh, st)
+	i.mu.Unlock()
+	if _, err := st.Replay(); err != nil {
+		return nil, err
+	}
+	return st, nil
+}
+
+// refill copies the disk from the secondary, and makes the new replica this host's.
+func (c *diskCarrier) refill(n int, st *blockstore.Store) {
+	p, id := c.p, c.p.diskID(n)
+	defer c.endFilling(n)
+	v := blockstore.NewVolume(st, blockstore.VolumeOptions{})
+	begun := time.Now()
+	var err error
+	if st.Meta().Image != "" {
+		err = st.Wipe() // a device keeps what it held
+	}
+	if err == nil {
+		err = p.inst.mirror.Refill(p.ctx, n, v, func(done int64) { c.progress(n, done) }, func() error { return c.adopt(n, st, v) })
+	}
+	if err == nil {
+		p.s.tl.add("disk-filled", 0, time.Since(begun), "disk %s is whole again on this host", id)
+		return
+	}
+	if p.ctx.Err() != nil {
+		return
+	}
+	p.s.tl.add("disk-fill-failed", 0, time.Since(begun), "disk %s could not be filled: %v", id, err)
+	c.mu.Lock()
+	c.why[n] = fmt.Errorf("the new one could not be filled: %w", err)
+	c.mu.Unlock()
+	st.GiveUp(err)
+	go func() { _ = st.Close() }() // its space is needed, and it may hang
+	c.showProblem()
+}
+
+// adopt makes a filled replica good for use, durably, and this instance's own.
+// Nothing changes on the disk meanwhile. The record is asked afterwards: until it
+// says so nobody starts from this replica.
+func (c *diskCarrier) adopt(n int, st *blockstore.Store, v *blockstore.Volume) error {
+	p, i := c.p, c.p.inst
+	p.s.mu.Lock()
+	term, branch, run := p.s.mode.Term, p.s.record.Record.Branch, p.s.mode.Run
+	p.s.mu.Unlock()
+	p.disks.mu.Lock()
+	defer p.disks.mu.Unlock()
+	k := &p.disks.list[n]
+	lineage := k.m.Copy().Lineage // as the secondary's: they hold the same
+	err := st.SetMeta(func(m *blockstore.Meta) {
+		m.State, m.Term, m.Branch, m.Run, m.Lineage = model.UpToDate, term, branch, run, lineage
+	})
+	if err != nil {
+		return fmt.Errorf("mark disk %s: %w", p.diskID(n), err)
+	}
+	v.SetFetch(i.mirror.Export(n).Fetch)
+	p.watchRepairs(n, st)
+	k.store = st
+	i.mu.Lock()
+	i.stores[n], i.vols[n] = st, v
+	i.mu.Unlock()
+	return nil
+}
+
+func (c *diskCarrier) progress(n int, done int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if f := c.filling[n]; f != nil {
+		f.Done = max(f.Done, done)
+		if sec := time.Since(c.begun[n]).Seconds(); sec > 0.2 {
+			f.ETASeconds = sec * float64(f.Total-f.Done) / float64(f.Done)
+		}
+	}
+}
+
+// fillStatus adds what is being filled.
+func (c *diskCarrier) fillStatus(st *shimapi.Status) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for n := range c.p.s.cfg.Spec.Disks {
+		if f := c.filling[n]; f != nil {
+			st.Sync = append(st.Sync, *f)
+		}
+	}
+}
+
+// closeFresh closes the replicas that took the place of failed ones.
+func (i *instance) closeFresh() {
+	i.mu.Lock()
+	fresh := i.fresh
+	i.mu.Unlock()
+	for _, st := range fresh {
+		_ = st.Close() // one that failed has said so
+	}
+}
+
+// giveUpPair ends a pair that is not sound: the secondary is dropped; where it
+// holds the only good copy of a disk, this side ends, and the VM goes on there.
+func (pr *pair) giveUpPair(reason string) {
+	if pr.p.carries() {
+		pr.p.guestEnded("the pair is given up (" + reason + ") while the disks of this host have failed")
+		return
+	}
+	pr.p.s.post(authority.EvUnprotect{Reason: reason})
+}
+
+// doDisk carries out an operation on a disk of this host.
+func (s *Shim) doDisk(op shimapi.Op) (string, error) {
+	p := s.primary()
+	if p == nil {
+		return "", errNotRunning
+	}
+	return p.replaceDisk(op.Value)
+}
