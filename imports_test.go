@@ -90,6 +90,7 @@ func table() map[string]row {
 		"internal/agent": {assemblies, append(down("internal/authority", "internal/clusterstore", "internal/config", "internal/pki", "internal/shimapi", "internal/vfs", "internal/bitmap", "internal/hostnet", "internal/netpath"),
 			sys, edge{"api", "it implements what httpapi asks for, whose words are the wire types; it does not import httpapi"},
 			edge{"internal/blockstore", "it makes and removes the disks of a VM; their metadata says what may be started from"},
+			edge{"internal/replica", "split-brain show judges copies as the shims do"},
 			edge{"github.com/prometheus/client_golang", "metrics"}, edge{"github.com/coreos/go-systemd/v22", "readiness"}, edge{"golang.org/x/sync", "groups of goroutines"})},
 		"internal/shim": {assemblies, append(down("internal/authority", "internal/epoch", "internal/replica", "internal/bitmap", "internal/blockstore", "internal/chardev", "internal/guestmem", "internal/hostnet", "internal/mirror", "internal/nbd", "internal/netbuf",
 			"internal/peer", "internal/pki", "internal/qemu", "internal/shimapi", "internal/vfs"), sys,

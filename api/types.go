@@ -194,6 +194,7 @@ type Disk struct {
 	ID       string                        `json:"id"`
 	Size     int64                         `json:"size" doc:"Bytes"`
 	Replicas map[string]model.ReplicaState `json:"replicas" doc:"State of the replica by host"`
+	Verified *model.VerifiedDisk           `json:"verified,omitempty" doc:"What the last verify found, as the running instance tells"`
 }
 
 // PairLink is one A-link between the two hosts of a VM.

@@ -94,6 +94,7 @@ type Agent struct {
 	links     alinks
 	renewal   renewing // housekeep's own
 	nets      *networks
+	verifying verifying
 	failed    failedDisks
 	changed   chan struct{} // this host's own words have changed
 

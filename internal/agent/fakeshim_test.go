@@ -222,6 +222,9 @@ func (f *fake) status() shimapi.Status {
 	default:
 		st.Role = shimapi.RoleStandby
 	}
+	if r, err := shimapi.ReadVerifyReport(f.cfg.Dir); err == nil {
+		st.Verify = &r
+	}
 	if f.survivor {
 		st.Problems = []model.Problem{{Code: "fake-survivor", Severity: model.Warning}}
 	}
@@ -287,6 +290,14 @@ func (f *fake) op(op shimapi.Op) error {
 		return nil
 	case "pause", "resume":
 		return nil
+	case "verify":
+		o, err := os.OpenFile(filepath.Join(f.cfg.Dir, "fake-ops"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+		if err != nil {
+			return err
+		}
+		defer o.Close()
+		_, err = fmt.Fprintln(o, op.Value)
+		return err
 	}
 	return fmt.Errorf("unknown operation %q", op.Op)
 }

@@ -175,6 +175,15 @@ func (a *Agent) peerHandler() http.Handler {
 		}
 		return struct{}{}, a.shimOpHere(ctx, vm, op)
 	}))
+	mux.HandleFunc("GET /agent/v1/verify", a.vmCall(func(ctx context.Context, vm string, _ *http.Request) (any, error) {
+		return a.verifyHere(ctx, vm)
+	}))
+	mux.HandleFunc("GET /agent/v1/replicas", a.vmCall(func(ctx context.Context, vm string, _ *http.Request) (any, error) {
+		return a.replicasHere(ctx, vm)
+	}))
+	mux.HandleFunc("POST /agent/v1/discard", a.vmCall(func(ctx context.Context, vm string, _ *http.Request) (any, error) {
+		return struct{}{}, a.discardHere(ctx, vm)
+	}))
 	mux.HandleFunc("POST /agent/v1/forget", a.vmCall(func(ctx context.Context, vm string, r *http.Request) (any, error) {
 		var f forget
 		if err := json.NewDecoder(io.LimitReader(r.Body, 4096)).Decode(&f); err != nil {

@@ -147,6 +147,7 @@ type worker struct {
 	disk         diskStart
 	prot         protection
 	surv         survivorState
+	nextVerify   time.Time // when it is looked whether a verify is due
 }
 
 // job is something that has to be done between two looks.
@@ -339,6 +340,7 @@ func (w *worker) shimLives(ctx context.Context, v clusterstore.VMView, named boo
 	if rec.Primary.Host == w.a.cfg.Name && rec.Mode != model.ModeStarting {
 		w.survivor(ctx, v)
 		w.protect(ctx, v)
+		w.scheduleVerify(ctx, v)
 	}
 }
 

@@ -172,6 +172,7 @@ func fromShim(vm *api.VM, rec model.Record, st shimapi.Status) {
 	}
 	vm.Epoch, vm.Checkpoint, vm.GuestMS = st.Epoch, st.Checkpoint, st.GuestMS
 	vm.Sync = append(vm.Sync, st.Sync...)
+	addVerified(vm.Disks, st.Verify)
 	vm.Problems = append(vm.Problems, st.Problems...)
 	for _, l := range st.Links {
 		vm.Links = append(vm.Links, api.PairLink{Index: l.Index, Up: l.Up, RTTMS: l.RTTMS, Sent: l.Sent, Recv: l.Recv})
@@ -191,6 +192,7 @@ func mergeLive(out *api.VM, live api.VM) {
 	}
 	out.State, out.Epoch, out.Checkpoint, out.GuestMS = live.State, live.Epoch, live.Checkpoint, live.GuestMS
 	out.Sync, out.Links = orEmpty(live.Sync), orEmpty(live.Links)
+	keepVerified(out.Disks, live.Disks)
 	out.Problems = append(out.Problems, live.Problems...)
 }
 
@@ -234,6 +236,7 @@ func (a *Agent) vmProblems(v clusterstore.VMView, state model.RunState) []model.
 	if rec.Mode != model.ModeStopped {
 		out = append(out, a.nicProblems(v)...)
 	}
+	out = append(out, splitProblems(v)...)
 	return out
 }
 

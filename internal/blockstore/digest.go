@@ -107,7 +107,7 @@ func (s *Store) allKnown(off, n int64) (bool, error) {
 	return true, nil
 }
 
-// digestQueue holds digests that wait for their epoch.
+// digestQueue holds what waits for the end of an epoch.
 type digestQueue struct {
 	some atomic.Bool
 	mu   sync.Mutex
@@ -115,42 +115,59 @@ type digestQueue struct {
 }
 
 type digestWait struct {
-	epoch      model.Epoch
-	start, end int64
-	out        []ChunkDigest
-	err        error
-	done       chan struct{}
+	epoch model.Epoch
+	do    func() error
+	err   error
+	done  chan struct{}
 }
 
 // DigestAsOf is Digest as of the end of epoch e: after all its writes are in place,
 // and before any of the next one. Both sides ask for the same epoch, ahead of it;
 // ErrTooLate: it is past, ask for a later one. The range is read while the next
 // epoch waits to be applied, so it should be short (a chunk takes some 20 µs).
-func (s *Store) DigestAsOf(ctx context.Context, e model.Epoch, start, end int64) ([]ChunkDigest, error) {
-	w := &digestWait{epoch: e, start: start, end: end, done: make(chan struct{})}
+func (s *Store) DigestAsOf(ctx context.Context, e model.Epoch, start, end int64) (out []ChunkDigest, err error) {
+	err = s.asOf(ctx, e, func() error {
+		return s.Digest(start, end, func(d ChunkDigest) error {
+			out = append(out, d)
+			return nil
+		})
+	})
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// asOf runs do as of the end of epoch e, see DigestAsOf, and returns its error. When
+// it returns, do runs no more.
+func (s *Store) asOf(ctx context.Context, e model.Epoch, do func() error) error {
+	w := &digestWait{epoch: e, do: do, done: make(chan struct{})}
 	q := &s.digests
 	q.mu.Lock()
 	q.some.Store(true) // before the epoch is looked at, see answerDigests
 	now := s.act.epochNow()
 	if now > e {
 		q.mu.Unlock()
-		return nil, fmt.Errorf("digest of %s as of epoch %d, epoch %d is open: %w", s.id, e, now, ErrTooLate)
+		return fmt.Errorf("digest of %s as of epoch %d, epoch %d is open: %w", s.id, e, now, ErrTooLate)
 	}
 	q.list = append(q.list, w)
 	q.mu.Unlock()
 	select {
 	case <-w.done:
-		return w.out, w.err
+		return w.err
 	case <-ctx.Done():
 	}
 	q.mu.Lock()
-	defer q.mu.Unlock()
 	for i, x := range q.list {
 		if x == w {
 			q.list = append(q.list[:i], q.list[i+1:]...)
+			q.mu.Unlock()
+			return ctx.Err()
 		}
 	}
-	return nil, ctx.Err()
+	q.mu.Unlock()
+	<-w.done // it is under way
+	return w.err
 }
 
 // answerDigests carries out what waits for epoch e or an earlier one. The caller
@@ -174,10 +191,7 @@ func (s *Store) answerDigests(e model.Epoch) {
 	q.some.Store(len(rest) > 0)
 	q.mu.Unlock()
 	for _, w := range due {
-		w.err = s.Digest(w.start, w.end, func(d ChunkDigest) error {
-			w.out = append(w.out, d)
-			return nil
-		})
+		w.err = w.do()
 		close(w.done)
 	}
 }

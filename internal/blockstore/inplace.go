@@ -125,6 +125,7 @@ func (s *Store) lockBlocks(off, n int64) *rangeEntry {
 
 // writeRange changes a range of the image whose blocks are locked.
 func (s *Store) writeRange(p []byte, off int64) error {
+	s.touch(off, int64(len(p)))
 	for len(p) > 0 {
 		n := min(int64(len(p)), ExtentSize-off%ExtentSize)
 		if err := s.writePiece(p[:n], off); err != nil {
@@ -202,6 +203,7 @@ func (s *Store) mergedSum(p []byte, block, in int64) (uint32, error) {
 
 // zeroRange makes a range of the image read as zeroes; its blocks are locked.
 func (s *Store) zeroRange(off, n int64, punch bool) error {
+	s.touch(off, n)
 	for first := true; n > 0; first = false {
 		k := min(n, ExtentSize-off%ExtentSize)
 		if no := off / ExtentSize; first || no%s.act.span() == 0 {
@@ -285,6 +287,9 @@ func (s *Store) Repair(off, n int64, fetch func(p []byte, off int64) error) erro
 			return &BlockError{Disk: s.id, Off: off, Len: BlockSize, Err: err}
 		}
 		s.repaired.Add(1)
+		if told := s.onRepair.Load(); told != nil {
+			(*told)(off)
+		}
 	}
 	return nil
 }

@@ -78,12 +78,14 @@ type Store struct {
 	lost    bool // the activity log was damaged
 
 	badBlocks, repaired atomic.Int64
+	onRepair            atomic.Pointer[func(off int64)]
 
 	// changes counts whatever was carried out in the image, synced is the count that
 	// the last sync of the image covers.
 	changes, synced atomic.Uint64
 	through         throughs
 	digests         digestQueue
+	watches         watches
 	background      sync.WaitGroup
 	stopping        chan struct{} // closed by Close
 	closing         sync.Once

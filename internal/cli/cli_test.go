@@ -154,6 +154,24 @@ func fakeCommand(ts *testscript.TestScript, _ bool, args []string) {
 		case "risk": // SAFE POSSIBLE FROM
 			f.Risk = api.TakeoverRisk{Safe: args[1] == "yes", Possible: args[2] == "yes", From: args[3], Replica: model.Outdated, ReplicaTerm: 5, RecordTerm: 9, Primary: "hosta",
 				BehindMS: 83_000, LastEpoch: 411, Losses: []string{"writes of the last 83 s on disk0 (about 120 MiB)"}}
+		case "finds": // WHAT…: the next verify finds blocks that end so
+			whats := args[1:]
+			f.Finds = func(d *model.VerifiedDisk) {
+				for n, what := range whats {
+					d.Mismatches++
+					switch what {
+					case "repaired":
+						d.Repaired++
+					case "rewritten":
+						d.Rewritten++
+					default:
+						d.Left++
+					}
+					d.Ranges = append(d.Ranges, model.VerifiedRange{Off: int64(n) << 16, Len: 4096, What: what, Host: "hostb", Why: "it does not match its checksum"})
+				}
+			}
+		case "split":
+			f.Split = fakeSplit()
 		case "slow": // N
 			f.SlowOps, _ = strconv.Atoi(args[1])
 		case "called": // TEXT: fails unless a call begins with it
@@ -362,4 +380,18 @@ func TestCreateInterrupted(t *testing.T) {
 	if !cancelled {
 		t.Error("the operation was not cancelled")
 	}
+}
+
+// fakeSplit is a VM that was forced to go on on hosta.
+func fakeSplit() api.SplitBrain {
+	disk := api.SplitDisk{Disk: "disk0", Size: 8 << 20, State: model.UpToDate, Line: "term 7 branch d4909f27 run 46db05e3", Alone: true, Since: "term 3 run 949813fb",
+		AloneBytes: 4 << 20, Crashed: true, Written: apitest.Epoch()}
+	old := disk
+	old.Line, old.AloneBytes, old.Verdict, old.Common = "term 5 run 949813fb", 1<<20, "other-branch", "term 3 run 949813fb"
+	return api.SplitBrain{Split: true, Sides: []api.SplitSide{
+		{Host: "hosta", Answers: true, Counts: true, State: model.UpToDate, Term: 7, Branch: "d4909f274f2806c9", Disks: []api.SplitDisk{disk},
+			Events: []model.Event{{Time: apitest.Epoch(), Host: "hosta", Type: "started", Text: "the guest runs on host hosta"}},
+			Loses:  []string{"everything that VM web did on host hosta"}, WhyNot: "the VM runs from it"},
+		{Host: "hostb", Answers: true, Split: true, State: model.Outdated, Term: 5, Disks: []api.SplitDisk{old},
+			Loses: []string{"disk0: what was written on host hostb alone since term 3 run 949813fb: at most 1MiB"}, CanDiscard: true}}}
 }

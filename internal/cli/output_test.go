@@ -115,3 +115,15 @@ func FuzzDiskFlag(f *testing.F) {
 		}
 	})
 }
+
+func TestProgressText(t *testing.T) {
+	for want, p := range map[string]model.Progress{
+		"disks 25 % (1MiB of 4MiB), 2MiB/s, 2s left": {What: "disks", Done: 1 << 20, Total: 4 << 20, ETASeconds: 1.5, Rate: 2 << 20},
+		"memory 0 % (0B of 4MiB)":                    {What: "memory", Total: 4 << 20, ETASeconds: -1},
+		"disks 100 % (4MiB of 4MiB)":                 {What: "disks", Done: 4 << 20, Total: 4 << 20, Rate: 2 << 20},
+	} {
+		if got := progressText(p); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}

@@ -251,7 +251,11 @@ func (a *app) printVM(vm *api.VM) {
 		f.put(fmt.Sprintf("A-link %d", l.Index), fmt.Sprintf("%s · sent %s · received %s", state, api.FormatSize(l.Sent), api.FormatSize(l.Recv)))
 	}
 	for _, p := range vm.Sync {
-		f.put("Copying", progressText(p))
+		label := "Copying"
+		if strings.HasPrefix(p.What, "verify ") {
+			label = "Verifying"
+		}
+		f.put(label, strings.TrimPrefix(progressText(p), "verify "))
 	}
 	for _, d := range vm.Disks {
 		f.put(d.ID, api.FormatSize(d.Size)+replicaText(a, d.Replicas))
@@ -344,6 +348,9 @@ func progressText(p model.Progress) string {
 		s += fmt.Sprintf(" %d %% (%s of %s)", p.Done*100/p.Total, api.FormatSize(p.Done), api.FormatSize(p.Total))
 	} else {
 		s += " " + api.FormatSize(p.Done)
+	}
+	if p.Rate > 0 && p.Done < p.Total {
+		s += ", " + api.FormatSize(p.Rate) + "/s"
 	}
 	if p.ETASeconds >= 0 && p.Done < p.Total {
 		s += ", " + eta(p.ETASeconds) + " left"

@@ -21,6 +21,7 @@ type VMView struct {
 	Endpoints map[string]shimapi.Endpoint // by host
 	// Unprotected: a person gave the second copy up; none is made until asked for.
 	Unprotected bool
+	Verify      model.VerifySchedule
 }
 
 // cache is the local copy of all keys, fed by a watch.
@@ -88,6 +89,9 @@ func (c *cache) setVM(vm, rest string, kv *mvccpb.KeyValue) {
 		v.Record = rec
 	case rest == "unprotected":
 		v.Unprotected = true
+	case rest == "verify":
+		v.Verify = model.VerifySchedule{}
+		_ = json.Unmarshal(kv.Value, &v.Verify) // what is not understood is the default
 	case len(rest) > len("endpoint/") && rest[:len("endpoint/")] == "endpoint/":
 		var e shimapi.Endpoint
 		if json.Unmarshal(kv.Value, &e) != nil {
@@ -115,6 +119,9 @@ func (c *cache) del(key string) {
 			delete(c.vms, vm)
 		case rest == "unprotected":
 			v.Unprotected = false
+			c.vms[vm] = v
+		case rest == "verify":
+			v.Verify = model.VerifySchedule{}
 			c.vms[vm] = v
 		case len(rest) > len("endpoint/"):
 			m := map[string]shimapi.Endpoint{}

@@ -80,5 +80,6 @@ type Progress struct {
 	What       string  `json:"what"` // "memory", "disks", "import"
 	Done       int64   `json:"done"` // bytes
 	Total      int64   `json:"total"`
-	ETASeconds float64 `json:"eta_seconds"` // negative: not known yet
+	ETASeconds float64 `json:"eta_seconds"`    // negative: not known yet
+	Rate       int64   `json:"rate,omitempty"` // bytes per second, lately; 0: not known
 }

@@ -250,6 +250,10 @@ func (c *conn) serve(ctx context.Context, w *replier, t task) {
 		w.fail(t.req, t.no.errno, t.no.why)
 		return
 	}
+	if took := c.srv.opts.Took; took != nil {
+		begun := time.Now()
+		defer func() { took(time.Since(begun)) }()
+	}
 	b, req := c.s.backend, t.req
 	off, n, fua := int64(req.off), int64(req.length), req.flags&cmdFlagFUA != 0
 	var err error

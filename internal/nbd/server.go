@@ -19,6 +19,10 @@ type Options struct {
 	HandshakeTimeout time.Duration // for the whole handshake; 0: 10 s
 	Grace            time.Duration // for requests under way when the server is stopped; 0: 1 s, below: none
 
+	// Took, if set, is told how long each request took in the backend that the client
+	// had to wait for; it is called from many goroutines at once and must be quick.
+	Took func(d time.Duration)
+
 	// Cut, if set, ends all connections for each element, without answering what is
 	// under way: a client that connects again asks anew.
 	Cut <-chan struct{}

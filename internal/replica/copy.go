@@ -233,6 +233,9 @@ func (g *Gauge) Total() int64 { return g.total }
 // Bytes is what went over the link.
 func (g *Gauge) Bytes() int64 { return g.sent }
 
+// Rate is by how many bytes per second the rest shrinks lately; 0: not known, or it does not.
+func (g *Gauge) Rate() int64 { return int64(max(g.rate, 0)) }
+
 // ETA is how long the rest takes, seconds; negative: not known, or the guest
 // dirties as fast as is copied.
 func (g *Gauge) ETA() float64 {

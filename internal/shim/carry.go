@@ -448,6 +448,7 @@ func (c *diskCarrier) adopt(n int, st *blockstore.Store, v *blockstore.Volume) e
 		return fmt.Errorf("mark disk %s: %w", p.diskID(n), err)
 	}
 	v.SetFetch(i.mirror.Export(n).Fetch)
+	p.watchRepairs(n, st)
 	k.store = st
 	i.mu.Lock()
 	i.stores[n], i.vols[n] = st, v

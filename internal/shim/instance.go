@@ -52,6 +52,7 @@ type instance struct {
 	watches  map[string]*vfs.Watch // by disk, level ca; guarded by mu
 	nbdCuts  []chan struct{}       // by NBD server: ends its connections; guarded by mu
 	taps     []string
+	latency  latencyMeter // of the guest's disk requests
 	undo     []func()
 	bound    chan struct{} // held output crossed its bound
 
@@ -197,7 +198,7 @@ func (i *instance) openDisks(incoming bool) error {
 	cut := i.nbdCut()
 	go func() {
 		defer close(done)
-		if err := nbd.Serve(ctx, ln, exports, nbd.Options{Cut: cut}); err != nil && ctx.Err() == nil {
+		if err := nbd.Serve(ctx, ln, exports, nbd.Options{Took: i.latency.took, Cut: cut}); err != nil && ctx.Err() == nil {
 			i.log.Error("disk server ended", "error", err)
 		}
 	}()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -83,6 +84,14 @@ func (s *Shim) doGuest(ctx context.Context, op shimapi.Op) (string, error) {
 		return "", p.ask(ctx, func() error { p.powerOff(); return nil })
 	case "switchover":
 		return "handing over", p.ask(ctx, p.switchover)
+	case "verify":
+		var o shimapi.VerifyOptions
+		if err := json.Unmarshal([]byte(op.Value), &o); err != nil {
+			return "", fmt.Errorf("options of verify: %w", err)
+		}
+		return s.verify.start(o)
+	case "verify-stop":
+		return s.verify.cancel()
 	}
 	return "", fmt.Errorf("unknown operation %q", op.Op)
 }

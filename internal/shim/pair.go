@@ -40,6 +40,9 @@ type pair struct {
 	flushing atomic.Bool   // while that is waited for
 	moved    atomic.Int64  // bytes of the full copy that were sent
 	differ   chan []byte   // the secondary's answers to digests
+	governor *governor     // of the copy of disks; the filling's own
+	scrub    *scrubClient  // asks the secondary for verify and read repair
+	whole    atomic.Bool   // the secondary said that it holds everything
 
 	mu       sync.Mutex
 	sess     *peer.Session
@@ -89,6 +92,9 @@ func (s *Shim) run() model.RunID {
 func (pr *pair) adopt(sess *peer.Session, h hello) {
 	pr.mu.Lock()
 	pr.sess, pr.peerRun = sess, h.NextRun
+	if h.Scrub >= scrubVersion {
+		pr.scrub = newScrubClient(pr.sendKind)
+	}
 	pr.books = epoch.NewPrimary(epoch.Pair{Term: pr.term, Primary: pr.p.s.run(), Secondary: h.NextRun}, pr.p.lastEpoch()+1)
 	pr.mu.Unlock()
 	pr.goWork(pr.watchLost)
@@ -183,6 +189,12 @@ func (pr *pair) receive() {
 				return
 			}
 		}
+		if m.Kind == kindScrubAnswer && pr.scrub != nil {
+			if err := pr.scrub.take(m.Payload); err != nil {
+				pr.unsound(err)
+				return
+			}
+		}
 		if m.Kind != kindSynced {
 			continue
 		}
@@ -191,6 +203,8 @@ func (pr *pair) receive() {
 			pr.p.s.log.Warn("message of another pair ignored", "error", err)
 			continue
 		}
+		pr.whole.Store(true)
+		pr.fetchFrom()
 		pr.p.inst.markMirrored()
 		if pr.p.inst.mirror != nil {
 			pr.p.s.tl.add("synced", 0, time.Since(pr.begun), "host %s holds the disks as they are here", pr.host)

@@ -101,6 +101,10 @@ func newPrimary(s *Shim, inst *instance, d *disks, last model.Epoch) *primary {
 	}
 	p.forward(inst.bound)
 	p.goWork(p.loop)
+	s.verify.recall()
+	for n, st := range inst.stores {
+		p.watchRepairs(n, st)
+	}
 	return p
 }
 
@@ -535,6 +539,7 @@ func (p *primary) leavePair() {
 	p.cur = nil
 	p.mu.Unlock()
 	p.leaveMirror()
+	p.fetchNoMore()
 	if pr != nil {
 		pr.leave()
 		if err := p.disks.lost(); err != nil && p.ctx.Err() == nil {
@@ -661,7 +666,7 @@ func (p *primary) protected() {
 	p.mu.Unlock()
 	if pr != nil {
 		p.s.tl.add("duplex", p.lastEpoch(), time.Since(pr.begun), "protected by host %s", pr.host)
-		for _, code := range []string{"not-protected", "secondary-slow", "pair-unsound"} {
+		for _, code := range []string{"not-protected", "secondary-slow", "pair-unsound", "split-brain", "replica-contradicts-record"} {
 			p.s.tl.solved(code)
 		}
 	}

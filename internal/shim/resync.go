@@ -102,6 +102,8 @@ func (pr *pair) copyDisks() error {
 		marks[n] = st.Missing()
 		total += marks[n].Count() * blockstore.ChunkSize
 	}
+	pr.governor = newGovernor(&pr.p.inst.latency, 0, 0)
+	defer pr.governor.close()
 	if total > 0 {
 		m := pr.newMeter("disks", total)
 		for n, st := range pr.p.inst.stores {
@@ -145,6 +147,9 @@ func (pr *pair) copyWhole(n int, m *meter, done int64) error {
 		if err != nil {
 			return err
 		}
+		if err := pr.governor.wait(pr.ctx, int64(got)); err != nil {
+			return err
+		}
 		if err := pr.sendChunk(diskChunk{Disk: uint32(n), Off: start, Len: uint32(got)}, buf[:got]); err != nil {
 			return err
 		}
@@ -177,6 +182,9 @@ func (pr *pair) copyRun(n int, start, end int64, compare bool) error {
 		if differs, err = pr.askDiffer(n, start, end); err != nil {
 			return err
 		}
+		if err := pr.governor.wait(pr.ctx, (end-start)*blockstore.ChunkSize); err != nil {
+			return err
+		}
 	}
 	st := pr.p.inst.stores[n]
 	buf := make([]byte, blockstore.ChunkSize)
@@ -186,6 +194,9 @@ func (pr *pair) copyRun(n int, start, end int64, compare bool) error {
 		}
 		off := (start + int64(i)) * blockstore.ChunkSize
 		p := buf[:min(blockstore.ChunkSize, st.Size()-off)]
+		if err := pr.governor.wait(pr.ctx, int64(len(p))); err != nil {
+			return err
+		}
 		if err := st.ReadAt(p, off); err != nil {
 			return err
 		}

@@ -53,6 +53,7 @@ type Shim struct {
 	tl     *timeline
 	gate   *gatekeeper
 	stats  checkpointStats
+	verify *verifier
 	lock   *os.File
 	self   []string // argv of the memory helper
 	tls    *tls.Config
@@ -130,6 +131,7 @@ func Open(cfg shimapi.Config, helper []string, gate kernelGate, log *slog.Logger
 		timers: map[authority.TimerID]*time.Timer{},
 	}
 	s.gate = newGatekeeper(gate, tapNames(cfg.Spec))
+	s.verify = newVerifier(s)
 	return s, nil
 }
 
@@ -326,7 +328,9 @@ func (s *Shim) Status() shimapi.Status {
 	}
 	if prim != nil {
 		prim.fill(&st)
+		st.Sync = append(st.Sync, s.verify.progress()...)
 	}
+	st.Verify = s.verify.last()
 	if inst != nil {
 		st.GuestMS = ms(inst.guestTime())
 	}

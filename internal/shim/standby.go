@@ -67,6 +67,12 @@ type standby struct {
 	recvMu  sync.Mutex // held while a message is taken
 	taken   bool       // with recvMu: nothing but input is taken any more
 
+	scrub *scrubServer // answers verify and read repair
+
+	appliedMu   sync.Mutex
+	appliedTo   model.Epoch   // in place here
+	appliedMore chan struct{} // closed, and made anew, with each
+
 	// receiver only
 	cur  *whole
 	prev []byte
@@ -90,7 +96,7 @@ type whole struct {
 func (s *Shim) startStandby() {
 	st := &standby{s: s, next: newRun(), applyQ: make(chan *whole, 8), drain: make(chan struct{}), idle: make(chan struct{}),
 		between: make(chan func(*whole)), following: make(chan func(*whole)),
-		epochs: map[model.Epoch]*whole{}}
+		epochs: map[model.Epoch]*whole{}, appliedMore: make(chan struct{})}
 	st.ctx, st.cancel = context.WithCancel(s.ctx)
 	st.tryCtx, st.endTries = context.WithCancel(st.ctx)
 	st.recvCtx, st.endRecv = context.WithCancel(s.ctx)
@@ -129,7 +135,7 @@ func (st *standby) open() error {
 	st.goWork(st.watchQEMU)
 
 	me := s.hello()
-	me.NextRun = st.next
+	me.NextRun, me.Scrub = st.next, scrubVersion
 	me.Disks = st.disks.hello()
 	local := make([]string, len(s.cfg.ALinkAddrs))
 	copy(local, s.cfg.ALinkAddrs)
@@ -197,6 +203,7 @@ func (st *standby) serve() error {
 	if !st.acking {
 		st.books.StopAcking()
 	}
+	st.scrub = st.newScrubServer()
 	st.mu.Unlock()
 	st.s.tl.add("sync-started", 0, 0, "host %s fills this standby", h.Host)
 	st.s.post(authority.EvPeerUp{Host: h.Host, Run: h.Run, Term: h.Term, Mode: h.Mode})
@@ -204,6 +211,7 @@ func (st *standby) serve() error {
 		st.goWork(st.applier)
 	}
 	err = st.follow(sess)
+	st.scrub.close()
 	st.drained.Do(func() { close(st.drain) })
 	if st.ctx.Err() == nil && !st.isTaken() {
 		st.s.tl.add("peer-lost", st.newestEpoch(), 0, "primary on host %s: %v", h.Host, err)
@@ -297,6 +305,8 @@ func (st *standby) take(m peer.Message) error {
 		return st.takeEnd(m.Payload)
 	case kindInput:
 		return st.takeInput(m.Payload)
+	case kindScrubAsk:
+		return st.takeScrub(m)
 	case kindHandOver:
 		b, err := decodeBeat(m.Payload)
 		if err != nil {
@@ -687,6 +697,7 @@ func (st *standby) apply(c *whole) error {
 		}
 	}
 	st.disks.committed(c.epoch)
+	st.noteApplied(c.epoch)
 	if len(c.console) > 0 {
 		st.inst.serial.Release(c.console)
 	}

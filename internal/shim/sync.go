@@ -327,13 +327,14 @@ type meter struct {
 	pr    *pair
 	idx   int
 	begun time.Time
+	gauge *replica.Gauge
 }
 
 func (pr *pair) newMeter(what string, total int64) *meter {
 	pr.mu.Lock()
 	defer pr.mu.Unlock()
 	pr.progress = append(pr.progress, model.Progress{What: what, Total: total, ETASeconds: -1})
-	return &meter{pr: pr, idx: len(pr.progress) - 1, begun: time.Now()}
+	return &meter{pr: pr, idx: len(pr.progress) - 1, begun: time.Now(), gauge: replica.NewGauge(0, total)}
 }
 
 func (m *meter) at(done int64) {
@@ -342,9 +343,8 @@ func (m *meter) at(done int64) {
 	defer m.pr.mu.Unlock()
 	p := &m.pr.progress[m.idx]
 	p.Done = done
-	if sec := time.Since(m.begun).Seconds(); done > 0 && sec > 0.2 {
-		p.ETASeconds = sec * float64(p.Total-done) / float64(done)
-	}
+	m.gauge.At(time.Since(m.begun), p.Total-done)
+	p.ETASeconds, p.Rate = m.gauge.ETA(), m.gauge.Rate()
 }
 
 // copyMemory sends all memory that is not zero.

@@ -65,7 +65,8 @@ type hello struct {
 	QEMU    string       `json:"qemu"`
 	Branch  string       `json:"branch,omitempty"`
 	Spec    model.VMSpec `json:"spec"`
-	Disks   []diskHello  `json:"disks"` // the sender's copies, in the order of the specification
+	Scrub   int          `json:"scrub,omitempty"` // scrubVersion, where the sender answers those messages
+	Disks   []diskHello  `json:"disks"`           // the sender's copies, in the order of the specification
 }
 
 func (h hello) encode() []byte {

@@ -80,7 +80,8 @@ type Status struct {
 	Sync       []model.Progress      `json:"sync,omitempty"`
 	Links      []LinkStatus          `json:"links,omitempty"`
 	Problems   []model.Problem       `json:"problems,omitempty"`
-	GuestMS    float64               `json:"guest_ms"` // guest time run since start, milliseconds, for the clock metric
+	Verify     *model.VerifyReport   `json:"verify,omitempty"` // the last one, or that under way
+	GuestMS    float64               `json:"guest_ms"`         // guest time run since start, milliseconds, for the clock metric
 }
 
 // LinkStatus is one A-link as seen by a shim.
@@ -104,7 +105,8 @@ type Op struct {
 	// (of a standby: load its newest state in a scratch QEMU now; with Value
 	// "next" the one after the last that was tried so, which holds the primary
 	// back meanwhile), "disk-replace" (of a primary of level ca: make the failed
-	// replica of the disk with the id Value anew here and fill it from the secondary's).
+	// replica of the disk with the id Value anew here and fill it from the secondary's),
+	// "verify" (of a running primary; Value: VerifyOptions as JSON), "verify-stop".
 	Op    string `json:"op"`
 	Host  string `json:"host,omitempty"`
 	Force bool   `json:"force,omitempty"`

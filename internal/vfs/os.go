@@ -206,3 +206,8 @@ func (o osFile) Size() (int64, error) {
 	})
 	return size, err
 }
+
+// Drop implements Dropper.
+func (o osFile) Drop(off, n int64) error {
+	return o.control("drop cache of", func(fd int) error { return unix.Fadvise(fd, off, n, unix.FADV_DONTNEED) })
+}

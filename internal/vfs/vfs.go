@@ -69,6 +69,13 @@ type File interface {
 	Close() error
 }
 
+// Dropper is implemented by files whose content is cached by the system.
+type Dropper interface {
+	// Drop asks the system to forget what it has cached of a range and what is
+	// written back already, so that it is read from the medium next.
+	Drop(off, n int64) error
+}
+
 // ReplaceFile makes path hold exactly data, atomically and durably: after a
 // crash the old content is there or the new one, and once it has returned nil,
 // the new one. It uses path + ".tmp".

@@ -41,6 +41,12 @@ type Fake struct {
 	// SlowOps is how many looks an operation needs until it is done.
 	SlowOps int
 
+	Verified       *model.VerifyReport
+	VerifySchedule model.VerifySchedule
+	Finds          func(*model.VerifiedDisk) // at the end of a verify
+	Split          api.SplitBrain
+	looks          int
+
 	ops     map[string]*fakeOp
 	next    map[string][]func(*api.VM) // what happens to a VM at each look
 	uploads map[string][]byte
