@@ -129,6 +129,21 @@ func SetWanted(rec model.Record, w model.Wanted) (model.Record, error) {
 	return n, nil
 }
 
+// SetLevel records another level of protection. The term stays. It is for a VM
+// that is stopped or runs alone: then nothing that is in force depends on the level.
+func SetLevel(rec model.Record, l model.Level) (model.Record, error) {
+	switch {
+	case l != model.LevelNone && l != model.LevelCA && l != model.LevelFT:
+		return rec, fmt.Errorf("set level %q: %w", l, ErrArgument)
+	case rec.Mode != model.ModeStopped && rec.Mode != model.ModeSimplex:
+		return rec, fmt.Errorf("set level %s: %w: %s", l, ErrMode, rec.Mode)
+	}
+	n := rec.Clone()
+	n.Level = l
+	n.Reason = "level " + string(l)
+	return n, nil
+}
+
 // Discard forgets the replica of host, which a person gave up (say, the old
 // branch after a forced takeover): from then on host may be filled anew. The
 // term stays. A seat's or an UpToDate replica is refused.

@@ -130,6 +130,12 @@ func TestTransitions(t *testing.T) {
 		{"discard in use", "duplex", func(r model.Record) (model.Record, error) { return Discard(r, "b") }, ErrReplica, ""},
 		{"discard old", "simplex", func(r model.Record) (model.Record, error) { return Discard(r, "b") }, nil, model.ModeSimplex},
 		{"wanted paused", "duplex", func(r model.Record) (model.Record, error) { return SetWanted(r, model.WantPaused) }, nil, model.ModeDuplex},
+		{"level while alone", "simplex", func(r model.Record) (model.Record, error) { return SetLevel(r, model.LevelNone) }, nil, model.ModeSimplex},
+		{"level while stopped", "stopped", func(r model.Record) (model.Record, error) { return SetLevel(r, model.LevelCA) }, nil, model.ModeStopped},
+		{"level while protected", "duplex", func(r model.Record) (model.Record, error) { return SetLevel(r, model.LevelCA) }, ErrMode, ""},
+		{"level while filling", "syncing", func(r model.Record) (model.Record, error) { return SetLevel(r, model.LevelNone) }, ErrMode, ""},
+		{"level while starting", "starting", func(r model.Record) (model.Record, error) { return SetLevel(r, model.LevelFT) }, ErrMode, ""},
+		{"level unknown", "simplex", func(r model.Record) (model.Record, error) { return SetLevel(r, model.LevelHA) }, ErrArgument, ""},
 		{"wanted running while stopped", "stopped", func(r model.Record) (model.Record, error) { return SetWanted(r, model.WantRunning) }, ErrMode, ""},
 	} {
 		t.Run(strings.ReplaceAll(c.name, " ", "-"), func(t *testing.T) {

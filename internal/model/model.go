@@ -165,11 +165,15 @@ type VMSpec struct {
 	CPU     string     `json:"cpu"`           // QEMU CPU model with flags
 	// Virtio is the kind of the virtio devices; empty means VirtioLegacy. It is
 	// what the guest sees, so it stays as the VM was made.
-	Virtio  Virtio    `json:"virtio,omitempty"`
-	Accel   string    `json:"accel"`            // "kvm" or "tcg"; both hosts must offer it
-	TSCHz   int64     `json:"tsc_hz,omitempty"` // the guest's fixed TSC frequency under kvm, hertz; both hosts need it or TSC scaling
-	FT      FTPolicy  `json:"ft"`
-	Created time.Time `json:"created"`
+	Virtio Virtio `json:"virtio,omitempty"`
+	Accel  string `json:"accel"`            // "kvm" or "tcg"; both hosts must offer it
+	TSCHz  int64  `json:"tsc_hz,omitempty"` // the guest's fixed TSC frequency under kvm, hertz; both hosts need it or TSC scaling
+	// SteadyTime gives the guest the clock of level ft under kvm, whatever its level: the
+	// TSC at a fixed frequency, no kvmclock, no HPET. It is what the guest sees, so
+	// it stays as the VM was made; without it the level of a running guest cannot become ft.
+	SteadyTime bool      `json:"steady_time,omitempty"`
+	FT         FTPolicy  `json:"ft"`
+	Created    time.Time `json:"created"`
 }
 
 // Virtio is a kind of virtio devices.

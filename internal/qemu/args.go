@@ -112,7 +112,7 @@ func (m *Machine) validate() error {
 	if m.FT && m.Firmware != nil {
 		bad("UEFI at Level 3 is not possible yet: the variable store would not be in the checkpoints")
 	}
-	if m.FT && m.Accel == KVM && (m.TSCHz < 1e6 || m.TSCHz > 1e11) {
+	if m.steady() && (m.TSCHz < 1e6 || m.TSCHz > 1e11) {
 		bad("Level 3 with kvm needs a fixed TSC frequency; %d Hz is none", m.TSCHz)
 	}
 	if m.Kernel == "" && (m.Initrd != "" || m.Append != "") {
@@ -207,7 +207,7 @@ func (a *argList) base(m Machine) {
 	a.add("-S", "-no-shutdown", "-action", "panic=pause,watchdog=pause")
 	a.add("-global", "migration.send-configuration=off")
 	machine := []string{m.Type, "memory-backend=" + RAMBlockID, "vmport=off", "dump-guest-core=off", "mem-merge=off"}
-	if m.FT && m.Accel == KVM {
+	if m.steady() {
 		// The HPET lags by the pauses, the TSC does not; a guest that compares
 		// them would stop trusting the TSC.
 		machine = append(machine, "hpet=off")
@@ -238,7 +238,7 @@ func cpuModel(m Machine) string {
 	if cpu == "" {
 		cpu = "max"
 	}
-	if m.FT && m.Accel == KVM {
+	if m.steady() {
 		// kvmclock is set back to where it stopped at each Cont: it would run
 		// slow by the share of the pauses. The TSC runs through them.
 		cpu += ",invtsc=on,tsc-adjust=on,kvmclock=off,kvmclock-stable-bit=off,tsc-frequency=" + strconv.FormatInt(m.TSCHz, 10)

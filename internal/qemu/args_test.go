@@ -78,6 +78,53 @@ func TestArgsGolden(t *testing.T) {
 	}
 }
 
+// TestOneMachineAtAllLevels: what a guest can see is the same at every level, so that the level can be changed
+// under a running one.
+func TestOneMachineAtAllLevels(t *testing.T) {
+	seen := func(accel string, level model.Level) string {
+		spec := specFT()
+		spec.Accel, spec.Level, spec.SteadyTime, spec.TSCHz = accel, level, true, 2_400_000_000
+		m := FromSpec(spec)
+		m.QMPPath, m.SerialPath, m.AgentPath, m.MemPath = "/s/qmp.sock", "/s/serial.sock", "/s/agent.sock", ""
+		if level == model.LevelFT {
+			m.MemPath = "/s/mem/ram"
+		}
+		for i := range m.Disks {
+			m.Disks[i].Socket = "/s/nbd.sock"
+		}
+		for i := range m.NICs {
+			m.NICs[i].FD = FirstFile + i
+		}
+		args, err := Args(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// What holds the memory is no part of it.
+		var out []string
+		for i := 0; i < len(args); i += 1 {
+			if args[i] == "-overcommit" || args[i] == "-object" && strings.Contains(args[i+1], "id="+RAMBlockID) {
+				i++
+				continue
+			}
+			out = append(out, args[i])
+		}
+		return strings.Join(out, "\n")
+	}
+	for _, accel := range []string{TCG, KVM} {
+		want := seen(accel, model.LevelFT)
+		for _, level := range []model.Level{model.LevelNone, model.LevelCA} {
+			if got := seen(accel, level); got != want {
+				t.Errorf("%s: a guest of level %s finds\n%s\none of level ft\n%s", accel, level, got, want)
+			}
+		}
+	}
+	m := machineFT()
+	m.Accel, m.FT, m.SteadyTime, m.TSCHz = KVM, false, true, 0
+	if _, err := Args(m); err == nil || !strings.Contains(err.Error(), "TSC") {
+		t.Error("a steady clock without a frequency:", err)
+	}
+}
+
 func TestArgsRefuse(t *testing.T) {
 	cases := map[string]struct {
 		change func(*Machine)

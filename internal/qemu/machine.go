@@ -49,6 +49,10 @@ type Machine struct {
 	FT    bool
 	TSCHz int64
 
+	// SteadyTime asks for the clock of Level 3 alone, so that a guest sees the
+	// same machine at every level.
+	SteadyTime bool
+
 	// MemPath is the file that holds the guest's RAM, mapped shared, allocated
 	// and locked at the start. Empty means anonymous memory.
 	MemPath string
@@ -86,6 +90,9 @@ type Machine struct {
 	Sandbox  bool    // QEMU's seccomp filter
 	QEMU     Version // of the binary, for options that changed; zero means the oldest supported, 7.2
 }
+
+// steady reports whether the guest's clock has to be the TSC at a fixed frequency.
+func (m *Machine) steady() bool { return (m.FT || m.SteadyTime) && m.Accel == KVM }
 
 // Disk is an NBD export on a Unix socket. QEMU connects to it when it starts.
 type Disk struct {
@@ -128,7 +135,7 @@ func ParseVersion(s string) Version {
 func FromSpec(s model.VMSpec) Machine {
 	m := Machine{
 		Name: s.Name, UUID: s.UUID, Type: s.Machine, Accel: s.Accel, CPU: s.CPU,
-		VCPUs: s.VCPUs, Memory: s.Memory, FT: s.Level == model.LevelFT, Locked: s.Level == model.LevelCA, TSCHz: s.TSCHz, Append: s.Append,
+		VCPUs: s.VCPUs, Memory: s.Memory, FT: s.Level == model.LevelFT, Locked: s.Level == model.LevelCA, TSCHz: s.TSCHz, SteadyTime: s.SteadyTime, Append: s.Append,
 		ModernVirtio: s.Virtio == model.VirtioModern,
 	}
 	for i, d := range s.Disks {
