@@ -308,11 +308,8 @@ func (i *instance) storeList() []*blockstore.Store {
 	return append([]*blockstore.Store(nil), i.stores...)
 }
 
-// diskFS is the file system under the replica of a disk, watched at level ca.
+// diskFS is the file system under the replica of a disk, watched: for level ca, which the VM may come to have.
 func (i *instance) diskFS(id string) vfs.FS {
-	if i.cfg.Spec.Level != model.LevelCA {
-		return vfs.OS{}
-	}
 	w := vfs.NewWatch(vfs.OS{}, bootNow)
 	i.mu.Lock()
 	defer i.mu.Unlock()

@@ -76,6 +76,20 @@ func (k *gatekeeper) setRule(r outputRule) {
 	k.tick()
 }
 
+// setTaps has other taps stand for the VM from now on; the gate of the old ones is
+// shut before it returns.
+func (k *gatekeeper) setTaps(taps []string) {
+	k.sending.Lock()
+	defer k.sending.Unlock()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if len(k.taps) > 0 {
+		k.fault = k.gate.Shut(k.taps)
+	}
+	k.taps, k.openTill = taps, 0
+	k.renewLocked()
+}
+
 // confirm extends the right of ruleAcked: the secondary answered, in this term
 // and run and still acknowledging, something that was sent at sentAt.
 func (k *gatekeeper) confirm(sentAt time.Duration) {

@@ -207,3 +207,42 @@ func TestPromiseIsKept(t *testing.T) {
 		t.Fatal("not open after the promise ran out")
 	}
 }
+
+// gates models the sets of several taps.
+type gates map[string]bool
+
+func (g gates) Open(taps []string, _ time.Duration) error {
+	for _, t := range taps {
+		g[t] = true
+	}
+	return nil
+}
+
+func (g gates) Shut(taps []string) error {
+	for _, t := range taps {
+		g[t] = false
+	}
+	return nil
+}
+
+// TestGateOfOtherTaps: when the VM gets other taps the old ones are shut at once, and the
+// new ones open as far as the right reaches.
+func TestGateOfOtherTaps(t *testing.T) {
+	k := gates{}
+	g := newGatekeeper(k, []string{"pd0"})
+	now := 1000 * time.Second
+	g.now = func() time.Duration { return now }
+	g.setRule(ruleFree)
+	if !k["pd0"] {
+		t.Fatal("shut although everything may leave")
+	}
+	g.setTaps([]string{"pd1"})
+	if k["pd0"] || !k["pd1"] {
+		t.Errorf("after the change: %v", k)
+	}
+	g.setRule(ruleNone)
+	g.setTaps([]string{"pd0"})
+	if k["pd0"] || k["pd1"] {
+		t.Errorf("open without a right: %v", k)
+	}
+}

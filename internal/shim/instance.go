@@ -41,7 +41,7 @@ type instance struct {
 	gagent *chardev.Port
 	// agentUse is held for reading by those outside who are connected to the
 	// guest agent, and for writing while the shim itself talks to it.
-	agentUse sync.RWMutex
+	agentUse *sync.RWMutex
 	nics     []*netbuf.Diverter
 	outlets  []*hostnet.Tap // by NIC, where paired: the way out of released frames and announcements
 	stores   []*blockstore.Store
@@ -51,9 +51,14 @@ type instance struct {
 	carrier  atomic.Pointer[diskCarrier]
 	watches  map[string]*vfs.Watch // by disk, level ca; guarded by mu
 	nbdCuts  []chan struct{}       // by NBD server: ends its connections; guarded by mu
+	latency  *latencyMeter         // of the guest's disk requests
+	slots    []*diskSlot           // the disks as QEMU sees them, whatever the level
 	taps     []string
-	latency  latencyMeter // of the guest's disk requests
+	tapSet   int  // which of two names the taps have, see tapName
+	beside   bool // built while another QEMU of this VM still runs the guest, see level.go
 	undo     []func()
+	lasting  []func()      // undoes what a successor on this host takes over; mu
+	pidFile  string        // in cfg.Dir; empty once a successor's stands in its place; mu
 	bound    chan struct{} // held output crossed its bound
 
 	closeOnce sync.Once
@@ -79,7 +84,7 @@ func (i *instance) ports() []*chardev.Port {
 func tapNames(spec model.VMSpec) []string {
 	var out []string
 	for n := range spec.NICs {
-		out = append(out, hostnet.TapName(spec.UUID, n))
+		out = append(out, tapName(spec.UUID, n, 0))
 	}
 	return out
 }
@@ -88,7 +93,7 @@ func tapNames(spec model.VMSpec) []string {
 // standby, and waits for a state where there will be one. On failure nothing is
 // left behind.
 func build(ctx context.Context, cfg shimapi.Config, incoming bool, lock *os.File, helper []string, log *slog.Logger) (inst *instance, err error) {
-	i := &instance{cfg: cfg, log: log, ft: cfg.Spec.Level == model.LevelFT, bound: make(chan struct{}, 1)}
+	i := &instance{cfg: cfg, log: log, ft: cfg.Spec.Level == model.LevelFT, bound: make(chan struct{}, 1), agentUse: new(sync.RWMutex), latency: new(latencyMeter)}
 	defer func() {
 		if err != nil {
 			i.close()
@@ -119,10 +124,18 @@ func build(ctx context.Context, cfg shimapi.Config, incoming bool, lock *os.File
 
 func (i *instance) onClose(f func()) { i.undo = append(i.undo, f) }
 
+// onEnd is for what outlives one QEMU: disks and character devices.
+func (i *instance) onEnd(f func()) { i.lasting = append(i.lasting, f) }
+
 func (i *instance) makeTaps() error {
 	for n, nic := range i.cfg.Spec.NICs {
-		tap := hostnet.TapName(i.cfg.Spec.UUID, n)
-		if err := hostnet.CreateTap(tap, nic.Bridge, i.cfg.Spec.Name+" "+nic.ID); err != nil {
+		tap, bridge := tapName(i.cfg.Spec.UUID, n, i.tapSet), nic.Bridge
+		if i.beside {
+			bridge = "" // the other has the guest's place there
+		} else if err := hostnet.DeleteTap(tapName(i.cfg.Spec.UUID, n, 1-i.tapSet)); err != nil { // of a shim that was killed
+			return err
+		}
+		if err := hostnet.CreateTap(tap, bridge, i.cfg.Spec.Name+" "+nic.ID); err != nil {
 			return err
 		}
 		i.onClose(func() {
@@ -131,9 +144,6 @@ func (i *instance) makeTaps() error {
 			}
 		})
 		i.taps = append(i.taps, tap)
-		if !i.paired() {
-			continue
-		}
 		out, err := hostnet.OpenTap(tap)
 		if err != nil {
 			return err
@@ -176,7 +186,7 @@ func (i *instance) openDisks(incoming bool) error {
 		if err != nil {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
-		i.onClose(func() { st.Close() })
+		i.onEnd(func() { st.Close() })
 		i.stores = append(i.stores, st)
 		i.clean = append(i.clean, st.Meta().Clean)
 		n, err := st.Replay()
@@ -189,6 +199,7 @@ func (i *instance) openDisks(incoming bool) error {
 		exports[d.ID] = v
 	}
 	i.mirrorDisks(exports)
+	i.slotDisks(exports)
 	ln, err := listenUnix(i.nbdPath())
 	if err != nil {
 		return err
@@ -202,10 +213,8 @@ func (i *instance) openDisks(incoming bool) error {
 			i.log.Error("disk server ended", "error", err)
 		}
 	}()
-	i.onClose(func() { cancel(); ln.Close(); <-done })
-	if i.mirror != nil {
-		i.onClose(i.mirror.Close) // what waits for the peer is not waited for
-	}
+	i.onEnd(func() { cancel(); ln.Close(); <-done })
+	i.onClose(i.closeMirror) // what waits for the peer is not waited for
 	return nil
 }
 
@@ -228,11 +237,11 @@ func (i *instance) listenPorts() error {
 	if i.serial, err = chardev.Listen(filepath.Join(i.cfg.Dir, "serial.sock"), chardev.Options{OnBound: full}); err != nil {
 		return err
 	}
-	i.onClose(func() { i.serial.Close() })
+	i.onEnd(func() { i.serial.Close() })
 	if i.gagent, err = chardev.Listen(filepath.Join(i.cfg.Dir, "agent.sock"), chardev.Options{OnBound: full}); err != nil {
 		return err
 	}
-	i.onClose(func() { i.gagent.Close() })
+	i.onEnd(func() { i.gagent.Close() })
 	return nil
 }
 
@@ -263,14 +272,14 @@ func (i *instance) signalBound() {
 // machine describes the QEMU process of this host.
 func (i *instance) machine(incoming bool) qemu.Machine {
 	m := qemu.FromSpec(i.cfg.Spec)
-	m.Incoming = incoming && i.ft // below, what waits boots
+	m.Incoming = i.beside || incoming && i.ft // a standby below ft boots
 	m.Sandbox, m.QEMU = i.cfg.Sandbox, qemu.ParseVersion(i.cfg.QEMUVersion)
-	m.QMPPath = filepath.Join(i.cfg.Dir, "qmp.sock")
+	m.QMPPath = i.path("qmp.sock")
 	m.SerialPath = filepath.Join(i.cfg.Dir, "serial.sock")
 	m.AgentPath = filepath.Join(i.cfg.Dir, "agent.sock")
 	m.Kernel, m.Initrd, m.Append = i.cfg.KernelPath, i.cfg.InitrdPath, i.cfg.Spec.Append
 	if i.cfg.Spec.VNC {
-		m.VNCPath = filepath.Join(i.cfg.Dir, "vnc.sock")
+		m.VNCPath = i.path("vnc.sock")
 	}
 	if i.cfg.FirmwareCode != "" {
 		m.Firmware = &qemu.Firmware{Code: i.cfg.FirmwareCode, Vars: filepath.Join(i.cfg.Dir, shimapi.NVRAMFile)}
@@ -282,9 +291,7 @@ func (i *instance) machine(incoming bool) qemu.Machine {
 		m.Disks[n].Socket, m.Disks[n].Export = i.nbdPath(), m.Disks[n].ID
 	}
 	for n := range m.NICs {
-		if m.NICs[n].Tap = i.taps[n]; i.paired() {
-			m.NICs[n].FD = qemu.FirstFile + n
-		}
+		m.NICs[n].Tap, m.NICs[n].FD = i.taps[n], qemu.FirstFile+n
 	}
 	return m
 }
@@ -295,7 +302,9 @@ func (i *instance) start(ctx context.Context, incoming bool, lock *os.File) erro
 		return err
 	}
 	logPath := filepath.Join(i.cfg.Dir, "qemu.log")
-	if err := os.Rename(logPath, logPath+".1"); err != nil && !errors.Is(err, os.ErrNotExist) { // what it says is quoted
+	if i.beside {
+		// Both write to the one log.
+	} else if err := os.Rename(logPath, logPath+".1"); err != nil && !errors.Is(err, os.ErrNotExist) { // what it says is quoted
 		return fmt.Errorf("turn QEMU's log over: %w", err)
 	}
 	var files []*os.File
@@ -311,15 +320,33 @@ func (i *instance) start(ctx context.Context, incoming bool, lock *os.File) erro
 		}
 		files = append(files, f)
 	}
+	if i.pidFile = shimapi.QEMUPID; i.beside {
+		i.pidFile = shimapi.NextQEMUPID
+	}
 	i.proc, err = qemu.Start(ctx, i.cfg.QEMU, args, qemu.StartOptions{LockFile: lock, Files: files, LogPath: logPath,
-		PIDFile: filepath.Join(i.cfg.Dir, shimapi.QEMUPID), OOMScoreAdj: -500, Dir: i.cfg.Dir})
+		PIDFile: filepath.Join(i.cfg.Dir, i.pidFile), OOMScoreAdj: -500, Dir: i.cfg.Dir})
 	if err != nil {
 		return err
 	}
 	i.onClose(i.kill)
-	i.qmp, err = qemu.DialQMP(ctx, filepath.Join(i.cfg.Dir, "qmp.sock"), i.proc.LogTail)
+	dctx, dialled := context.WithCancelCause(ctx)
+	defer dialled(nil)
+	go func() { // nobody waits for one that has ended
+		select {
+		case <-i.proc.Exited():
+			dialled(errors.New("QEMU has ended"))
+		case <-dctx.Done():
+		}
+	}()
+	i.qmp, err = qemu.DialQMP(dctx, i.path("qmp.sock"), i.proc.LogTail)
 	if err != nil {
-		return err
+		select {
+		case <-i.proc.Exited():
+			r, _ := i.proc.Wait(context.Background()) // it has ended
+			return errors.New(r.String())
+		default:
+			return err
+		}
 	}
 	i.onClose(func() { i.qmp.Close() })
 	i.watchDying(ctx)
@@ -355,7 +382,16 @@ func (i *instance) kill() {
 		i.log.Error("QEMU does not end", "error", err)
 		return
 	}
-	os.Remove(filepath.Join(i.cfg.Dir, shimapi.QEMUPID))
+	i.removePID()
+}
+
+// removePID removes the pid file of a QEMU that is gone, unless it is another's by now.
+func (i *instance) removePID() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.pidFile != "" {
+		os.Remove(filepath.Join(i.cfg.Dir, i.pidFile))
+	}
 }
 
 func (i *instance) attachRAM() error {
@@ -385,6 +421,13 @@ func (i *instance) close() {
 	i.closeOnce.Do(func() {
 		for n := len(i.undo) - 1; n >= 0; n-- {
 			i.undo[n]()
+		}
+		i.mu.Lock()
+		lasting := i.lasting
+		i.lasting = nil
+		i.mu.Unlock()
+		for n := len(lasting) - 1; n >= 0; n-- {
+			lasting[n]()
 		}
 	})
 }

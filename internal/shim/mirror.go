@@ -39,9 +39,6 @@ func memoryKind(kind uint8) bool {
 	return kind == kindSyncPages || kind >= kindEpochBegin && kind <= kindEpochEnd || kind == kindHandOver || kind == kindInput
 }
 
-// paired reports whether the shim can send on the taps itself.
-func (i *instance) paired() bool { return i.cfg.Spec.Level.HasSecondary() }
-
 // mirrorDisks puts the mirror between the guest and its disks, at level ca.
 func (i *instance) mirrorDisks(exports map[string]nbd.Backend) {
 	if i.cfg.Spec.Level != model.LevelCA {

@@ -23,8 +23,10 @@ var errNotRunning = errors.New("this host does not run the VM")
 func (s *Shim) do(ctx context.Context, op shimapi.Op) (string, error) {
 	switch op.Op {
 	case "protect":
-		if !s.cfg.Spec.Level.HasSecondary() {
-			return "", fmt.Errorf("the VM has level %q; only levels %q and %q have a secondary", s.cfg.Spec.Level, model.LevelCA, model.LevelFT)
+		if level, changing := s.levelNow(); changing {
+			return "", errLevelChanges
+		} else if !level.HasSecondary() {
+			return "", fmt.Errorf("the VM has level %q; only levels %q and %q have a secondary", level, model.LevelCA, model.LevelFT)
 		}
 		if err := s.protectable(ctx); err != nil {
 			return "", err
@@ -54,6 +56,10 @@ func (s *Shim) do(ctx context.Context, op shimapi.Op) (string, error) {
 		return fmt.Sprintf("epoch %d loads", n), err
 	case "disk-replace":
 		return s.doDisk(op)
+	case "level":
+		return s.changeLevel(ctx, model.Level(op.Value))
+	case "level-cancel":
+		return "", s.cancelChange()
 	case "quit":
 		if s.primary() != nil {
 			return "", errors.New("this shim runs the VM")
@@ -64,12 +70,28 @@ func (s *Shim) do(ctx context.Context, op shimapi.Op) (string, error) {
 	return s.doGuest(ctx, op)
 }
 
-// doGuest carries out what concerns the running guest.
+// doGuest carries out what concerns the running guest, in the QEMU in which it is: where that
+// changes meanwhile, in the new one.
 func (s *Shim) doGuest(ctx context.Context, op shimapi.Op) (string, error) {
-	p := s.primary()
-	if p == nil {
-		return "", errNotRunning
+	for {
+		p := s.primary()
+		if p == nil {
+			return "", errNotRunning
+		}
+		text, err := s.doIn(ctx, p, op)
+		if err == nil || ctx.Err() != nil || p.ctx.Err() == nil {
+			return text, err
+		}
+		for s.primary() == p {
+			if _, changing := s.levelNow(); !changing || ctx.Err() != nil || s.ctx.Err() != nil {
+				return text, err
+			}
+			sleep(ctx, time.Millisecond)
+		}
 	}
+}
+
+func (s *Shim) doIn(ctx context.Context, p *primary, op shimapi.Op) (string, error) {
 	q := p.inst.qmp
 	switch op.Op {
 	case "pause":
@@ -150,7 +172,7 @@ func (s *Shim) turnSwitches() {
 	for n, nic := range s.cfg.Spec.NICs {
 		mac, err := net.ParseMAC(nic.MAC)
 		if err == nil {
-			err = hostnet.Attract(hostnet.TapName(s.cfg.Spec.UUID, n), nic.Bridge, mac, rarp(mac))
+			err = hostnet.Attract(tapName(s.cfg.Spec.UUID, n, 0), nic.Bridge, mac, rarp(mac))
 		}
 		if err != nil {
 			s.log.Warn("turn the switches", "nic", nic.ID, "error", err)

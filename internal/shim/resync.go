@@ -102,7 +102,7 @@ func (pr *pair) copyDisks() error {
 		marks[n] = st.Missing()
 		total += marks[n].Count() * blockstore.ChunkSize
 	}
-	pr.governor = newGovernor(&pr.p.inst.latency, 0, 0)
+	pr.governor = newGovernor(pr.p.inst.latency, 0, 0)
 	defer pr.governor.close()
 	if total > 0 {
 		m := pr.newMeter("disks", total)

@@ -72,6 +72,11 @@ type Shim struct {
 	inst   *instance
 	prim   *primary
 	stby   *standby
+	level  model.Level  // of what runs or stands by here
+	change *levelChange // of the level: under way, or the last one
+	// Of tests: where they break a change, and that a guest under TCG shall run during it.
+	atStep   func(step string, next *instance)
+	copyLive bool
 	// startErr is why the memory could not be filled.
 	startErr error
 
@@ -127,6 +132,7 @@ func Open(cfg shimapi.Config, helper []string, gate kernelGate, log *slog.Logger
 		tl:     newTimeline(cfg.Spec.Name, cfg.Host, agent, log),
 		events: make(chan authority.Event, 256),
 		calls:  make(chan func()),
+		level:  cfg.Spec.Level,
 		side:   authority.New(authority.Config{Host: cfg.Host, ClaimDelayMS: 5, RetryMS: 100, PollMS: 2000}),
 		timers: map[authority.TimerID]*time.Timer{},
 	}
@@ -309,9 +315,9 @@ func (s *Shim) teardown(cause error) {
 // Status says what this shim does now.
 func (s *Shim) Status() shimapi.Status {
 	s.mu.Lock()
-	mode, rec, inst, prim, stby := s.mode, s.record, s.inst, s.prim, s.stby
+	mode, rec, inst, prim, stby, level, change := s.mode, s.record, s.inst, s.prim, s.stby, s.level, s.change
 	s.mu.Unlock()
-	st := shimapi.Status{
+	st := shimapi.Status{Level: level, Change: change.status(),
 		VM: s.cfg.Spec.Name, Host: s.cfg.Host, PID: os.Getpid(), Run: mode.Run, Mode: mode.Mode, Term: mode.Term,
 		Record: rec, Checkpoint: s.stats.snapshot(), Problems: s.tl.problems(), State: model.StateStarting,
 	}

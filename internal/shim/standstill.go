@@ -76,6 +76,11 @@ func (p *primary) ask(ctx context.Context, f func() error) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-p.ctx.Done():
+		select {
+		case err := <-done: // what was done was done before
+			return err
+		default:
+		}
 		return errors.New("the VM is ending")
 	}
 }

@@ -97,7 +97,7 @@ func (s *Shim) hello() hello {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return hello{Version: wireVersion, VM: s.cfg.Spec.Name, UUID: s.cfg.Spec.UUID, Host: s.cfg.Host, Run: s.mode.Run,
-		Term: s.mode.Term, Mode: s.mode.Mode, Machine: machineDigest(s.cfg.Spec)}
+		Term: s.mode.Term, Mode: s.mode.Mode, Machine: machineDigest(s.specLocked())}
 }
 
 // fill makes the secondary a full copy while the guest runs, until the rest fits into one epoch.
@@ -300,7 +300,7 @@ func (s *Shim) judge(h hello, host string) error {
 		return fmt.Errorf("host %s speaks for VM %q (%s), not %q (%s)", h.Host, h.VM, h.UUID, s.cfg.Spec.Name, s.cfg.Spec.UUID)
 	case host != "" && h.Host != host:
 		return fmt.Errorf("the peer calls itself host %q, not %q", h.Host, host)
-	case h.Machine != machineDigest(s.cfg.Spec):
+	case h.Machine != machineDigest(s.spec()):
 		return fmt.Errorf("host %s would build another machine for this VM (another version of its specification)", h.Host)
 	}
 	return nil

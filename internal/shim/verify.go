@@ -160,7 +160,7 @@ func (v *verifier) start(opts shimapi.VerifyOptions) (string, error) {
 	first := v.save()
 	p.goWork(func() {
 		v.handOn(ctx, sc.peer, first)
-		gov := newGovernor(&p.inst.latency, min(verifyFloor, opts.Rate), opts.Rate)
+		gov := newGovernor(p.inst.latency, min(verifyFloor, opts.Rate), opts.Rate)
 		defer gov.close()
 		sc.pace = gov.wait
 		err := v.run(ctx, sc, todo)

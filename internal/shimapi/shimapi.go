@@ -6,6 +6,8 @@
 package shimapi
 
 import (
+	"time"
+
 	"perdure/internal/model"
 )
 
@@ -15,11 +17,14 @@ const (
 	SocketFile = "shim.sock" // the shim's HTTP socket
 	EventsFile = "events.jsonl"
 	QEMUPID    = "qemu.pid" // "PID STARTTIME" of this VM's QEMU, STARTTIME as field 22 of /proc/PID/stat
-	LockFile   = "run.lock" // flock held by shim, QEMU and helper together: free means "nothing of this VM lives here"
-	PIDFile    = "shim.pid" // pid of the shim, for the agent's pidfd
-	LogFile    = "shim.log"
-	DiskDir    = "disks"
-	NVRAMFile  = "nvram.fd" // the UEFI variables of a VM that has UEFI
+	// NextQEMUPID is the same of a second QEMU that is to become the VM's, while a
+	// change of level lasts. Until it is renamed to QEMUPID its guest does not run.
+	NextQEMUPID = "qemu-next.pid"
+	LockFile    = "run.lock" // flock held by shim, QEMU and helper together: free means "nothing of this VM lives here"
+	PIDFile     = "shim.pid" // pid of the shim, for the agent's pidfd
+	LogFile     = "shim.log"
+	DiskDir     = "disks"
+	NVRAMFile   = "nvram.fd" // the UEFI variables of a VM that has UEFI
 )
 
 // Config tells a shim who it is. It is written atomically by the agent and
@@ -81,7 +86,22 @@ type Status struct {
 	Links      []LinkStatus          `json:"links,omitempty"`
 	Problems   []model.Problem       `json:"problems,omitempty"`
 	Verify     *model.VerifyReport   `json:"verify,omitempty"` // the last one, or that under way
+	Level      model.Level           `json:"level"`            // under which the guest runs, or is filled, here
+	Change     *LevelChange          `json:"change,omitempty"` // of the level: under way, or the last one
 	GuestMS    float64               `json:"guest_ms"`         // guest time run since start, milliseconds, for the clock metric
+}
+
+// LevelChange is one change of the level of the running guest.
+type LevelChange struct {
+	Begun time.Time   `json:"begun"`
+	From  model.Level `json:"from"`
+	To    model.Level `json:"to"`
+	Ended bool        `json:"ended"`
+	// Error is why it came to nothing, once it has ended; the guest runs on as before then.
+	Error      string  `json:"error,omitempty"`
+	Done       int64   `json:"done_bytes"` // of the guest's memory that was copied
+	Total      int64   `json:"total_bytes"`
+	BlackoutMS float64 `json:"blackout_ms"` // for how long the guest stood still, when it was done
 }
 
 // LinkStatus is one A-link as seen by a shim.
@@ -106,7 +126,9 @@ type Op struct {
 	// "next" the one after the last that was tried so, which holds the primary
 	// back meanwhile), "disk-replace" (of a primary of level ca: make the failed
 	// replica of the disk with the id Value anew here and fill it from the secondary's),
-	// "verify" (of a running primary; Value: VerifyOptions as JSON), "verify-stop".
+	// "verify" (of a running primary; Value: VerifyOptions as JSON), "verify-stop",
+	// "level" (change the level of the running guest to Value: accepted, then
+	// followed by Status.Change), "level-cancel".
 	Op    string `json:"op"`
 	Host  string `json:"host,omitempty"`
 	Force bool   `json:"force,omitempty"`
