@@ -372,6 +372,11 @@ func (c *Client) ResumeVM(ctx context.Context, name string) error {
 	return c.action(ctx, name, "resume", nil)
 }
 
+// SetLevel changes the level of a VM; of a running one the change has only begun when it returns.
+func (c *Client) SetLevel(ctx context.Context, name string, req SetLevel) error {
+	return c.action(ctx, name, "level", req)
+}
+
 // ProtectVM fills a secondary, or gives it up.
 func (c *Client) ProtectVM(ctx context.Context, name string, req ProtectVM) error {
 	return c.action(ctx, name, "protect", req)

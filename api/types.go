@@ -183,10 +183,12 @@ type VM struct {
 	GuestMS    float64               `json:"guest_ms" doc:"Guest time run since the start, milliseconds"`
 	FT         model.FTPolicy        `json:"ft" doc:"What protection may cost"`
 	Sync       []model.Progress      `json:"sync" doc:"Copies to the secondary that run now"`
-	Links      []PairLink            `json:"links" doc:"A-links as the primary sees them"`
-	Disks      []Disk                `json:"disks"`
-	NICs       []model.NICSpec       `json:"nics"`
-	Problems   []model.Problem       `json:"problems"`
+	// LevelChange is the last change of the level of this instance, or the one under way.
+	LevelChange *LevelChange    `json:"level_change,omitempty" doc:"Change of the level of the running guest: under way, or the last one"`
+	Links       []PairLink      `json:"links" doc:"A-links as the primary sees them"`
+	Disks       []Disk          `json:"disks"`
+	NICs        []model.NICSpec `json:"nics"`
+	Problems    []model.Problem `json:"problems"`
 }
 
 // Disk is one virtual disk with the state of its replicas.
@@ -261,6 +263,24 @@ type DeleteVM struct {
 type ProtectVM struct {
 	Host string `json:"host,omitempty" doc:"Where the secondary shall be; default: any host with room"`
 	Off  bool   `json:"off,omitempty" doc:"Give the secondary up; the VM goes on simplex until protected again"`
+}
+
+// SetLevel asks for another level of protection. A running guest keeps running; follow
+// VM.LevelChange. Of a stopped VM it is done at once.
+type SetLevel struct {
+	Level  model.Level `json:"level,omitempty" doc:"none, ca or ft"`
+	Cancel bool        `json:"cancel,omitempty" doc:"Give up the change that is under way instead"`
+}
+
+// LevelChange is one change of the level of a running guest.
+type LevelChange struct {
+	From       model.Level    `json:"from"`
+	To         model.Level    `json:"to"`
+	Begun      time.Time      `json:"begun"`
+	Ended      bool           `json:"ended"`
+	Error      string         `json:"error,omitempty" doc:"Why it came to nothing, once it has ended; the guest runs on as before then"`
+	Progress   model.Progress `json:"progress" doc:"Copy of the guest's memory; total 0: none is needed, or it has not begun"`
+	BlackoutMS float64        `json:"blackout_ms" doc:"For how long the guest stood still, once it has ended"`
 }
 
 // SwitchoverVM asks for a planned change of primary.

@@ -64,12 +64,8 @@ func (r *CreateVM) Validate() error {
 			return err
 		}
 	}
-	switch r.Level {
-	case model.LevelNone, model.LevelCA, model.LevelFT:
-	case model.LevelHA:
-		return Errorf(Invalid, "level %q is not available in this release; allowed are none, ca and ft", r.Level)
-	default:
-		return Errorf(Invalid, "level %q is not known; allowed are none, ca and ft", r.Level)
+	if err := checkLevel(r.Level); err != nil {
+		return err
 	}
 	if r.VCPUs < 1 || r.VCPUs > MaxVCPUs {
 		return Errorf(Invalid, "vcpus %d is out of range; allowed are 1 to %d", r.VCPUs, MaxVCPUs)
@@ -292,4 +288,25 @@ func (r *CreateToken) Validate() error {
 		return Errorf(Invalid, "token lifetime %s is out of range; allowed are 1s to %s", ttl, MaxTokenTTL)
 	}
 	return nil
+}
+
+// Validate checks the request.
+func (r SetLevel) Validate() error {
+	if r.Cancel {
+		if r.Level != "" {
+			return Errorf(Invalid, "level %q and cancel exclude each other", r.Level)
+		}
+		return nil
+	}
+	return checkLevel(r.Level)
+}
+
+func checkLevel(l model.Level) error {
+	switch l {
+	case model.LevelNone, model.LevelCA, model.LevelFT:
+		return nil
+	case model.LevelHA:
+		return Errorf(Invalid, "level %q is not available in this release; allowed are none, ca and ft", l)
+	}
+	return Errorf(Invalid, "level %q is not known; allowed are none, ca and ft", l)
 }

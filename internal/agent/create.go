@@ -306,6 +306,8 @@ func (a *Agent) specOf(req api.CreateVM, m Machine) model.VMSpec {
 			oldest, s.Machine = h.QEMU, h.Machine
 		}
 	}
+	// So that its level can become ft while it runs.
+	s.SteadyTime = s.Accel == "kvm" && s.TSCHz > 0
 	if s.CPU == "" {
 		s.CPU = "max"
 		if s.Accel == m.Accel && m.CPU != "" {

@@ -48,6 +48,8 @@ type fake struct {
 	survivor bool
 	qemu     *exec.Cmd
 	over     bool
+	level    model.Level
+	change   *shimapi.LevelChange
 }
 
 func fakeShim(dir string) error {
@@ -62,6 +64,7 @@ func fakeShim(dir string) error {
 	if err := json.Unmarshal(data, &f.cfg); err != nil {
 		return err
 	}
+	f.level = f.cfg.Spec.Level
 	if f.lock, err = os.OpenFile(filepath.Join(dir, shimapi.LockFile), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
 		return err
 	}
@@ -142,6 +145,9 @@ func (f *fake) step(cur model.Versioned) bool {
 	case rec.Mode == model.ModeStopped:
 		return false
 	case rec.Mode == model.ModeStarting && rec.Primary.Host == me:
+		if f.run != "" {
+			return false // one life, one filling
+		}
 		f.startQEMU()
 		run := newRun()
 		next, err := authority.Booted(rec, me, run)
@@ -225,6 +231,10 @@ func (f *fake) status() shimapi.Status {
 	if r, err := shimapi.ReadVerifyReport(f.cfg.Dir); err == nil {
 		st.Verify = &r
 	}
+	if st.Level = f.level; f.change != nil {
+		c := *f.change
+		st.Change = &c
+	}
 	if f.survivor {
 		st.Problems = []model.Problem{{Code: "fake-survivor", Severity: model.Warning}}
 	}
@@ -255,6 +265,10 @@ func (f *fake) op(op shimapi.Op) error {
 	}
 	switch op.Op {
 	case "protect":
+		if f.change != nil && !f.change.Ended {
+			fmt.Fprintln(os.Stderr, "protected in the middle of a change of level")
+			os.Exit(1)
+		}
 		if slow := filepath.Join(filepath.Dir(f.lock.Name()), "slow"); exists(slow) {
 			go func() { // the test wants it accepted, and the record to wait
 				for exists(slow) {
@@ -288,6 +302,15 @@ func (f *fake) op(op shimapi.Op) error {
 			return try(authority.SetSurvivor(rec, f.cfg.Host, false))
 		}
 		return nil
+	case "level":
+		if rec.Mode == model.ModeDuplex || rec.Mode == model.ModeSyncing {
+			if err := try(authority.LostSecondary(rec)); err != nil {
+				return err
+			}
+		}
+		f.change = &shimapi.LevelChange{From: f.level, To: model.Level(op.Value), Begun: time.Now(), Done: 1, Total: 2}
+		go f.changeLevel()
+		return nil
 	case "pause", "resume":
 		return nil
 	case "verify":
@@ -300,4 +323,19 @@ func (f *fake) op(op shimapi.Op) error {
 		return err
 	}
 	return fmt.Errorf("unknown operation %q", op.Op)
+}
+
+// changeLevel brings a change to its end when the test lets it.
+func (f *fake) changeLevel() {
+	for exists(filepath.Join(f.cfg.Dir, "slow-level")) {
+		time.Sleep(5 * time.Millisecond)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.change.Ended = true
+	if exists(filepath.Join(f.cfg.Dir, "fail-level")) {
+		f.change.Error = "the test wants this change to fail"
+		return
+	}
+	f.level = f.change.To
 }

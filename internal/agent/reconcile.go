@@ -148,6 +148,7 @@ type worker struct {
 	prot         protection
 	surv         survivorState
 	nextVerify   time.Time // when it is looked whether a verify is due
+	levelSeen    levelSeen
 }
 
 // job is something that has to be done between two looks.
@@ -261,7 +262,9 @@ func (w *worker) survey() local {
 	if !l.shim && w.child.alive() {
 		l.shimProc, l.shim = w.child, true // it has not written its pid file yet
 	}
-	l.qemuProc, l.qemu = qemuOf(w.a.vmFile(w.vm, shimapi.QEMUPID))
+	if l.qemuProc, l.qemu = qemuOf(w.a.vmFile(w.vm, shimapi.QEMUPID)); !l.qemu { // its shim died between the two
+		l.qemuProc, l.qemu = qemuOf(w.a.vmFile(w.vm, shimapi.NextQEMUPID))
+	}
 	if !l.shim {
 		l.free = lockFree(w.a.vmFile(w.vm, shimapi.LockFile))
 	}
@@ -339,6 +342,9 @@ func (w *worker) shimLives(ctx context.Context, v clusterstore.VMView, named boo
 	rec := v.Record.Record
 	if rec.Primary.Host == w.a.cfg.Name && rec.Mode != model.ModeStarting {
 		w.survivor(ctx, v)
+		if w.level(ctx, v) {
+			return // its level is being changed
+		}
 		w.protect(ctx, v)
 		w.scheduleVerify(ctx, v)
 	}

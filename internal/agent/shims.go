@@ -248,8 +248,10 @@ func (w *worker) end(ctx context.Context, l local) {
 		err = l.shimProc.kill(ctx)
 	}
 	// QEMU after its shim: the shim would report its guest's death as a failure.
-	if q, ok := qemuOf(w.a.vmFile(w.vm, shimapi.QEMUPID)); ok {
-		err = errors.Join(err, q.kill(ctx))
+	for _, f := range []string{shimapi.QEMUPID, shimapi.NextQEMUPID} {
+		if q, ok := qemuOf(w.a.vmFile(w.vm, f)); ok {
+			err = errors.Join(err, q.kill(ctx))
+		}
 	}
 	if err != nil {
 		w.problem("orphan", model.Critical, "a process of the VM cannot be ended: "+err.Error(), "restart the host if it stays so")

@@ -173,6 +173,13 @@ func fromShim(vm *api.VM, rec model.Record, st shimapi.Status) {
 	vm.Epoch, vm.Checkpoint, vm.GuestMS = st.Epoch, st.Checkpoint, st.GuestMS
 	vm.Sync = append(vm.Sync, st.Sync...)
 	addVerified(vm.Disks, st.Verify)
+	if c := st.Change; c != nil {
+		vm.LevelChange = &api.LevelChange{From: c.From, To: c.To, Begun: c.Begun, Ended: c.Ended, Error: c.Error, BlackoutMS: c.BlackoutMS,
+			Progress: model.Progress{What: "memory", Done: c.Done, Total: c.Total, ETASeconds: -1}}
+		if spent := time.Since(c.Begun).Seconds(); c.Done > 0 && !c.Ended {
+			vm.LevelChange.Progress.ETASeconds = spent * float64(c.Total-c.Done) / float64(c.Done)
+		}
+	}
 	vm.Problems = append(vm.Problems, st.Problems...)
 	for _, l := range st.Links {
 		vm.Links = append(vm.Links, api.PairLink{Index: l.Index, Up: l.Up, RTTMS: l.RTTMS, Sent: l.Sent, Recv: l.Recv})
@@ -191,8 +198,8 @@ func mergeLive(out *api.VM, live api.VM) {
 		out.Disks = live.Disks
 	}
 	out.State, out.Epoch, out.Checkpoint, out.GuestMS = live.State, live.Epoch, live.Checkpoint, live.GuestMS
-	out.Sync, out.Links = orEmpty(live.Sync), orEmpty(live.Links)
 	keepVerified(out.Disks, live.Disks)
+	out.Sync, out.Links, out.LevelChange = orEmpty(live.Sync), orEmpty(live.Links), live.LevelChange
 	out.Problems = append(out.Problems, live.Problems...)
 }
 

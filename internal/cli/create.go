@@ -125,7 +125,7 @@ command undoes what it has made.`,
 		Example: `  perdure vm create web --level ft --vcpus 2 --memory 2G --image debian.qcow2 --disk 20G --net lan --start
   perdure vm create test --memory 256M --kernel vmlinuz --initrd initrd.gz --append "console=ttyS0" --net lan`}
 	f := c.Flags()
-	f.StringVar(&level, "level", string(model.LevelNone), "protection `LEVEL`: none, ca (mirrored disks; the guest boots on the other host), or ft (fault tolerance)")
+	f.StringVar(&level, "level", string(model.LevelNone), "protection `LEVEL`: none, ca (mirrored disks; the guest boots on the other host), or ft (fault tolerance); can be changed later, see perdure vm level")
 	f.IntVar(&req.VCPUs, "vcpus", 1, "number `N` of virtual CPUs")
 	f.Var(&sizeFlag{&req.Memory}, "memory", "memory, such as 512M or 4G (default 512M)")
 	f.Var(&diskFlag{disks: &req.Disks}, "disk", "add an empty disk")

@@ -233,6 +233,15 @@ func (a *app) printVM(vm *api.VM) {
 	fmt.Fprintln(a.out)
 	f := fields{a: a}
 	f.put("Level", string(vm.Level)+" · mode "+modeCell(vm).text+" · term "+fmt.Sprint(vm.Term)+epochText(vm))
+	if c := vm.LevelChange; c != nil && !c.Ended {
+		text := "to " + string(c.To)
+		if c.Progress.Total > 0 {
+			text += ": " + progressText(c.Progress)
+		}
+		f.put("Changing", text)
+	} else if c != nil && c.Error != "" {
+		f.put("Level kept", fmt.Sprintf("it was to become %s: %s", c.To, c.Error))
+	}
 	f.put("Primary", seat(vm.Primary, vm.PrimaryRun))
 	f.put("Secondary", seat(vm.Secondary, vm.SecondaryRun))
 	if vm.Survivor != "" {

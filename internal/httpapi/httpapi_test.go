@@ -100,6 +100,7 @@ func TestRoundTrip(t *testing.T) {
 	for what, do := range map[string]func() error{
 		"pause":   func() error { return c.PauseVM(ctx, "web") },
 		"resume":  func() error { return c.ResumeVM(ctx, "web") },
+		"level":   func() error { return c.SetLevel(ctx, "web", api.SetLevel{Level: model.LevelCA}) },
 		"protect": func() error { return c.ProtectVM(ctx, "web", api.ProtectVM{Host: "hostb"}) },
 	} {
 		if err := do(); err != nil {

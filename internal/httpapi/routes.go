@@ -145,6 +145,12 @@ func (s *Server) registerActions(h huma.API) {
 	action(s, h, "pause", "Let the guest stand still", plain(s.svc.PauseVM))
 	action(s, h, "resume", "Let a paused guest go on", plain(s.svc.ResumeVM))
 	action(s, h, "protect", "Fill a secondary now, or give it up", s.svc.ProtectVM)
+	action(s, h, "level", "Change the level of protection, running or stopped", func(ctx context.Context, name string, req api.SetLevel) error {
+		if err := req.Validate(); err != nil {
+			return err
+		}
+		return s.svc.SetLevel(ctx, name, req)
+	})
 	action(s, h, "switchover", "Move the VM to its secondary, planned", s.svc.SwitchoverVM)
 	action(s, h, "takeover", "Let a host take the VM over", func(ctx context.Context, name string, req api.TakeoverVM) error {
 		if err := api.CheckName("host", req.Host); err != nil {

@@ -70,6 +70,9 @@ type VMService interface {
 	ResumeVM(ctx context.Context, name string) error
 	// ProtectVM starts filling a secondary; api.Refused says why not.
 	ProtectVM(ctx context.Context, name string, req api.ProtectVM) error
+	// SetLevel changes the level of protection; of a running VM the change has
+	// only begun when it returns. api.Refused says what stands against it. The server has called req.Validate.
+	SetLevel(ctx context.Context, name string, req api.SetLevel) error
 	// SwitchoverVM: api.Conflict unless duplex.
 	SwitchoverVM(ctx context.Context, name string, req api.SwitchoverVM) error
 	// TakeoverRisk says what TakeoverVM on that host could lose; it changes nothing.

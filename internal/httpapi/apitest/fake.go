@@ -408,6 +408,30 @@ func (f *Fake) ResumeVM(_ context.Context, name string) error {
 	})
 }
 
+// SetLevel implements httpapi.Service.
+func (f *Fake) SetLevel(_ context.Context, name string, req api.SetLevel) error {
+	return f.change("SetLevel", name, req, func(vm *api.VM) error {
+		switch {
+		case req.Cancel:
+			return api.Errorf(api.Refused, "VM %s: the VM's level is not being changed", name)
+		case vm.Level == req.Level:
+			return api.Errorf(api.Conflict, "VM %s has level %s already", name, vm.Level)
+		case vm.UEFI && req.Level != model.LevelNone:
+			return api.Errorf(api.Refused, "VM %s has UEFI and cannot have level %s", name, req.Level)
+		case vm.Mode == model.ModeStopped:
+			vm.Level = req.Level
+			return nil
+		}
+		vm.Mode, vm.Secondary, vm.SecondaryRun, vm.Term = model.ModeSimplex, "", "", vm.Term+1
+		c := api.LevelChange{From: vm.Level, To: req.Level, Begun: Epoch(), Progress: model.Progress{What: "memory", Done: 256 << 20, Total: 512 << 20, ETASeconds: 2}}
+		vm.LevelChange = &c
+		done := c
+		done.Ended, done.BlackoutMS = true, 23.4
+		f.next[name] = []func(*api.VM){func(*api.VM) {}, func(vm *api.VM) { vm.LevelChange = &done }, func(vm *api.VM) { vm.Level = req.Level }}
+		return nil
+	})
+}
+
 // ProtectVM implements httpapi.Service.
 func (f *Fake) ProtectVM(_ context.Context, name string, req api.ProtectVM) error {
 	return f.change("ProtectVM", name, req, func(vm *api.VM) error {
