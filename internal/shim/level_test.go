@@ -306,3 +306,61 @@ func killAt(at string) func(string, *instance) {
 		}
 	}
 }
+
+// TestLevelChangeCarries: a guest that was raised to ca, in place and by a move, is of level ca in everything: its writes are
+// mirrored, and it goes on with the other host's disk when its own fails. While it does its level stays; when
+// the disk was replaced it can be changed again.
+func TestLevelChangeCarries(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 128, 1)
+	w.useLevel(model.LevelNone)
+	k := w.runAlone()
+	a, b := w.hosts["a"], w.hosts["b"]
+	for _, to := range []model.Level{model.LevelFT, model.LevelNone, model.LevelCA} {
+		if c := a.change(to); c.Error != "" {
+			t.Fatalf("to %s: %s", to, c.Error)
+		}
+	}
+	w.setLevel(model.LevelCA)
+	a.op(shimapi.Op{Op: "protect", Host: "b"})
+	w.until("syncing", 10*time.Second, func(r model.Record) bool { return r.Mode == model.ModeSyncing })
+	b.start()
+	w.until("duplex", 60*time.Second, func(r model.Record) bool { return r.Mode == model.ModeDuplex })
+	boots := func() {
+		t.Helper()
+		before := strings.Count(k.String(), "PERDURE-GUEST READY")
+		a.op(shimapi.Op{Op: "reset"})
+		for end := time.Now().Add(60 * time.Second); strings.Count(k.String(), "PERDURE-GUEST READY") == before; time.Sleep(20 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("the guest does not boot:\n%s", k)
+			}
+		}
+	}
+	boots() // with every write mirrored
+	a.op(shimapi.Op{Op: "pause"})
+	w.sameDisks()
+	a.op(shimapi.Op{Op: "resume"})
+
+	a.shim.primary().inst.store(0).Close()
+	boots()
+	w.until("carried", 10*time.Second, func(r model.Record) bool { return r.Replicas["a"].State == model.Inconsistent })
+	if _, err := a.shim.do(t.Context(), shimapi.Op{Op: "level", Value: "none"}); err == nil || !strings.Contains(err.Error(), "disk of the other host") {
+		t.Errorf("the level of a guest whose disk is carried was changed: %v", err)
+	}
+	a.op(shimapi.Op{Op: "disk-replace", Value: "disk0"})
+	w.until("whole again", 60*time.Second, func(r model.Record) bool {
+		return r.Mode == model.ModeDuplex && r.Replicas["a"].State == model.UpToDate
+	})
+	for _, to := range []model.Level{model.LevelFT, model.LevelCA, model.LevelNone} {
+		if c := a.change(to); c.Error != "" {
+			t.Fatalf("to %s: %s", to, c.Error)
+		}
+	}
+	before := strings.Count(k.String(), "tick ")
+	for end := time.Now().Add(20 * time.Second); strings.Count(k.String(), "tick ") < before+2; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the guest says nothing any more")
+		}
+	}
+	boots() // its disk still works, though it is the replaced one
+}
