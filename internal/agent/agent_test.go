@@ -271,6 +271,7 @@ func TestClusterSetup(t *testing.T) {
 	t.Parallel()
 	a, b, w := trio(t)
 	ctx := t.Context()
+	eventually(t, "b knows of three voters", 20*time.Second, func() bool { c, err := b.ag.Cluster(ctx); return err == nil && len(c.Voters) == 3 })
 	c, err := b.ag.Cluster(ctx)
 	if err != nil || !c.Quorum || len(c.Voters) != 3 || c.Name != "test" || c.ID == "" {
 		t.Fatalf("%+v, %v", c, err)
