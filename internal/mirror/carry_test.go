@@ -26,8 +26,6 @@ type record struct {
 	src   *Source
 	news  chan string
 	agree bool
-	lost  atomic.Bool // as the record says
-	delay func()
 }
 
 func (r *rig) own() *record {
