@@ -20,11 +20,14 @@ import (
 
 // ownDisk puts a file system of its own under the replicas of a VM on one host,
 // as a new disk that holds nothing else; keep: what is there moves to it.
-func (v *VM) ownDisk(host string, keep bool) {
+func (v *VM) ownDisk(host string, keep bool) { v.w.T.Helper(); v.ownDiskOf(host, keep, "400M") }
+
+// ownDiskOf is ownDisk of a size.
+func (v *VM) ownDiskOf(host string, keep bool, size string) {
 	v.w.T.Helper()
 	w, dir := v.w, v.diskDir(host)
 	img := filepath.Join(suite.dir, fmt.Sprintf("disk-%s-%d.ext4", host, time.Now().UnixNano()))
-	script := fmt.Sprintf("truncate -s 400M %[1]s && mkfs.ext4 -q -m 0 %[1]s", img)
+	script := fmt.Sprintf("truncate -s %[2]s %[1]s && mkfs.ext4 -q -m 0 %[1]s", img, size)
 	if keep {
 		script += fmt.Sprintf(" && mount -o loop %s /mnt && cp -a --sparse=always %s/. /mnt/ && umount /mnt", img, dir)
 	}

@@ -52,11 +52,18 @@ func (w *World) long(d time.Duration) {
 // not wait for anything in it.
 func (w *World) CreateDistro(level string, flags ...string) *VM {
 	w.T.Helper()
+	v := w.DefineDistro(level, flags...)
+	w.Perdure("a", "vm", "start", v.Name)
+	return v
+}
+
+// DefineDistro makes such a VM and does not start it.
+func (w *World) DefineDistro(level string, flags ...string) *VM {
+	w.T.Helper()
 	w.vms++
 	v := &VM{w: w, Name: fmt.Sprintf("distro%d", w.vms), IP: distroIP}
 	w.T.Cleanup(v.remove)
 	w.Perdure("a", append([]string{"vm", "create", v.Name, "--level", level, "--memory", "384M", "--net", lab.BridgeName}, flags...)...)
-	w.Perdure("a", "vm", "start", v.Name)
 	return v
 }
 
