@@ -527,17 +527,17 @@ func (w *dry) same(d time.Duration) error {
 		if err = errors.Join(err, berr); err != nil {
 			return err
 		}
-		mode := w.store.get().Record.Mode
-		if mode == model.ModeDuplex && bytes.Equal(a, b) {
+		rec := w.store.get().Record
+		if bothGood(rec) && bytes.Equal(a, b) {
 			return nil
 		}
 		if time.Now().After(end) {
 			for off := 0; off < len(a); off += 4096 {
 				if !bytes.Equal(a[off:off+4096], b[off:off+4096]) {
-					return fmt.Errorf("the replicas differ at offset %d, in mode %s", off, mode)
+					return fmt.Errorf("the replicas differ at offset %d; the record is %+v", off, rec)
 				}
 			}
-			return fmt.Errorf("the replicas are equal, and the mode is %s", mode)
+			return fmt.Errorf("the replicas are equal; the record is %+v", rec)
 		}
 	}
 }

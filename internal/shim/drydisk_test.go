@@ -343,7 +343,20 @@ func dryFaultList() []dryFault {
 			f.w.allLinks(func(l *dryLink) { l.heal() })
 		}}
 	}
+	then := func(name string, primary bool) dryFault {
+		return dryFault{name: name, do: func(f *dryFaults) {
+			f.disk(true, 50*time.Millisecond, 300*time.Millisecond, func(op vfs.Op) error {
+				if changes(op) {
+					return syscall.EIO
+				}
+				return nil
+			})
+			f.crash(primary, f.some())
+		}}
+	}
 	return append(out,
+		then("disk of the primary fails, then its host", true),
+		then("disk of the primary fails, then the secondary", false),
 		dryFault{name: "links cut off", do: func(f *dryFaults) { f.w.allLinks((*dryLink).cut) }},
 		links("links swallow everything", 50*time.Millisecond, 1500*time.Millisecond, func(l *dryLink) { l.hole = true }),
 		links("links drip", 300*time.Millisecond, time.Second, func(l *dryLink) { l.piece, l.delay = 700, 500*time.Microsecond }),
@@ -358,8 +371,11 @@ func (f *dryFaults) recover() {
 	f.t.Helper()
 	for end := time.Now().Add(60 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		rec := f.w.store.get().Record
-		if rec.Mode == model.ModeDuplex {
+		if bothGood(rec) {
 			return
+		}
+		if rec.Mode == model.ModeDuplex {
+			f.replace(f.w.hosts[rec.Primary.Host])
 		}
 		if rec.Mode == model.ModeSimplex {
 			f.resume(f.w.hosts[rec.Primary.Host])
@@ -370,6 +386,31 @@ func (f *dryFaults) recover() {
 	}
 }
 
+// bothGood reports whether both replicas are good.
+func bothGood(rec model.Record) bool {
+	for _, h := range []string{"a", "b"} {
+		if rec.Replicas[h].State != model.UpToDate {
+			return false
+		}
+	}
+	return rec.Mode == model.ModeDuplex
+}
+
+// replace gives the primary's host a new disk in place of one that failed, and
+// whose requests the secondary carries.
+func (f *dryFaults) replace(h *dryHost) {
+	f.op(h, shimapi.Op{Op: "disk-replace", Value: "disk0"})
+}
+
+// op asks something of a host's shim. Refused: the next look tries again.
+func (f *dryFaults) op(h *dryHost, op shimapi.Op) {
+	c := shimapi.NewShimClient(filepath.Join(h.dir, shimapi.SocketFile))
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	_, _ = c.Op(ctx, op)
+}
+
 // resume lets a guest go on that stands still because its only disk failed.
 func (f *dryFaults) resume(h *dryHost) {
 	c := shimapi.NewShimClient(filepath.Join(h.dir, shimapi.SocketFile))
@@ -377,7 +418,7 @@ func (f *dryFaults) resume(h *dryHost) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	if st, err := c.Status(ctx); err == nil && st.Role == shimapi.RolePrimary && st.State == model.StateFault {
-		_, _ = c.Op(ctx, shimapi.Op{Op: "resume"}) // refused: the next look tries again
+		f.op(h, shimapi.Op{Op: "resume"})
 	}
 }
 
