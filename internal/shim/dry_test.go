@@ -279,7 +279,7 @@ func (h *dryHost) fromDisk(v model.Versioned) {
 		facts.Other = authority.OtherEmpty
 	}
 	o.mu.Unlock()
-	if facts.Other == authority.OtherEmpty && rec.Mode == model.ModeDuplex && rec.Primary.Host == o.name {
+	if facts.Other == authority.OtherEmpty && rec.Mode == model.ModeDuplex && rec.Primary.Host == o.name && rec.Replicas[o.name].State == model.UpToDate {
 		return // it is the primary's to start
 	}
 	if _, err := authority.StartFromDisk(rec, with(facts, true, rec.Term, rec.Branch)); err != nil {
