@@ -34,8 +34,9 @@ var (
 type diskServer struct {
 	name string
 	// args of the program, given the socket and the image; the export is "disk0" or the default one.
-	args func(sock, image string) []string
-	env  []string
+	args  func(sock, image string) []string
+	env   []string
+	ready func() // before it is measured; nil: nothing
 }
 
 // diskRow is one line of the table.
@@ -77,23 +78,18 @@ func TestBenchDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	const size = 1 << 30
-	if err := blockstore.Create(vfs.OS{}, dir, blockstore.Params{ID: "disk0", Size: size, State: model.UpToDate}); err != nil {
-		t.Fatal(err)
-	}
-	image := filepath.Join(dir, "disk0.raw")
-	fill(t, image, size)
+	image := benchReplica(t, dir, benchDiskSize, false)
 
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	servers := []diskServer{
-		{"perdure", func(sock, _ string) []string { return []string{self} }, nil},
+		{"perdure", func(sock, _ string) []string { return []string{self} }, nil, nil},
 		{"qemu-nbd", func(sock, image string) []string {
 			return []string{qemuNBD, "-f", "raw", "-t", "-k", sock, "-x", "disk0", image}
-		}, nil},
-		{"nbdkit", func(sock, image string) []string { return []string{nbdkit, "-f", "-U", sock, "file", image} }, nil},
+		}, nil, nil},
+		{"nbdkit", func(sock, image string) []string { return []string{nbdkit, "-f", "-U", sock, "file", image} }, nil, nil},
 	}
 	for _, row := range diskRows {
 		got := make([][]sample, len(servers))
@@ -173,6 +169,9 @@ func runDisk(t *testing.T, fio string, s diskServer, row diskRow, sock, image st
 			t.Fatalf("%s does not listen on %s", s.name, sock)
 		}
 	}
+	if s.ready != nil {
+		s.ready()
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(*benchDiskSeconds)*time.Second+time.Minute)
 	defer cancel()
 	report := sock + ".fio"
@@ -226,23 +225,29 @@ func cpuTime(t *testing.T, pid int) time.Duration {
 	return time.Duration(u+k) * (time.Second / 100)
 }
 
-// fill writes all of a file, so that no run pays for allocation.
-func fill(t *testing.T, path string, size int64) {
+// benchDiskSize is the length of the disks that are compared.
+const benchDiskSize = 1 << 30
+
+// benchReplica makes a replica in dir and writes all of it, so that no run pays for
+// allocation. It returns the path of the image.
+func benchReplica(t *testing.T, dir string, size int64, noSums bool) string {
 	t.Helper()
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := slices.Repeat([]byte("perdure\n"), 128<<10)
-	for off := int64(0); off < size; off += int64(len(p)) {
-		if _, err := f.WriteAt(p, off); err != nil {
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := f.Sync(); err != nil {
-		t.Fatal(err)
+	must(os.MkdirAll(dir, 0o700))
+	must(blockstore.Create(vfs.OS{}, dir, blockstore.Params{ID: "disk0", Size: size, State: model.UpToDate, NoChecksums: noSums}))
+	s, err := blockstore.Open(vfs.OS{}, dir, "disk0", blockstore.Options{})
+	must(err)
+	_, err = s.Replay()
+	must(err)
+	p := slices.Repeat([]byte("perdure\n"), 128<<10)
+	for off := int64(0); off < size; off += int64(len(p)) {
+		must(s.WriteAt(p, off))
 	}
-	if err := f.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(s.Close())
+	return filepath.Join(dir, "disk0.raw")
 }

@@ -69,6 +69,8 @@ type activity struct {
 	inDoubt  int         // extents with checksums in doubt
 	next     int64       // extent after the last one that was logged in sequence
 	ahead    int         // how many are logged ahead when that goes on
+	at       int64       // extent to which the sequence has come
+	coming   bool        // more of it is being logged in the background
 	commits  uint64
 	ask      chan struct{}
 
@@ -142,7 +144,7 @@ func (a *activity) open(s *Store, f vfs.File, limit int) (found []uint32, damage
 	for i := size - 1; i >= 0; i-- {
 		a.free = append(a.free, int32(i))
 	}
-	a.next = -1
+	a.next, a.at = -1, -1
 	return found, damaged, nil
 }
 
@@ -290,6 +292,10 @@ func (a *activity) begin(off, n int64) (*extent, *doubts, error) {
 		}
 		e = a.find(no)
 	}
+	if no == a.at+1 {
+		a.at = no
+		a.keepAhead()
+	}
 	a.clock++
 	e.used = a.clock
 	if a.attached {
@@ -391,24 +397,62 @@ func (a *activity) heat(first, last int64) error {
 // where extents are logged one after the other: a sequential write would pay a
 // sync for each 4 MiB otherwise.
 func (a *activity) add(first, last int64) {
-	if first == a.next {
-		a.ahead = min(max(2*a.ahead, 1), 16)
-	} else {
+	inSequence := first == a.next
+	if !inSequence {
 		a.ahead = 0
 	}
-	a.next = last + 1
+	a.next, a.at = last+1, last
 	for no := first; no <= last; no++ {
 		if a.index[no] == 0 {
 			a.admit(no)
 		}
 	}
-	for k := 0; k < a.ahead && a.next < int64(len(a.index)) && len(a.free) > len(a.entries)/4; k++ {
+	if inSequence {
+		a.addAhead()
+	}
+}
+
+// maxAhead bounds how many extents are logged ahead: 256 MiB, which a fast disk
+// takes in the time of one sync of a slow one. After a crash they are compared.
+const maxAhead = 64
+
+// addAhead makes extents behind those of a sequence pending, twice as many as the
+// last time, and reports how many. Unless the log has room for all of the disk, a
+// quarter of it is left to others.
+func (a *activity) addAhead() (added int) {
+	spare := len(a.entries) / 4
+	if len(a.entries) == len(a.index) {
+		spare = 0
+	}
+	a.ahead = min(max(2*a.ahead, 1), maxAhead)
+	for ; added < a.ahead && a.next < int64(len(a.index)) && len(a.free) > spare; added++ {
 		if a.index[a.next] != 0 {
 			break
 		}
 		a.admit(a.next)
 		a.next++
 	}
+	return added
+}
+
+// keepAhead has more extents logged in the background once a sequence has come
+// through half of those that were, so that it never waits for the sync.
+func (a *activity) keepAhead() {
+	if a.coming || a.ahead == 0 || a.at >= a.next || a.at < a.next-int64(a.ahead+1)/2 || a.s.opts.NoAutoTrim || a.addAhead() == 0 {
+		return
+	}
+	a.coming = true
+	a.s.background.Go(func() {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		for a.busy {
+			a.wait()
+		}
+		if a.s.Err() == nil {
+			_ = a.commit() // what stays pending is tried again by whoever writes there, who is told
+		}
+		a.coming = false
+	})
 }
 
 // commit writes the set as it is now, without what is gone, and makes it durable.

@@ -51,11 +51,13 @@ type Run struct {
 	start time.Time
 	stats [6]atomic.Int64
 	value atomic.Uint64 // the last pattern that was handed out
+	rest  atomic.Bool
 
 	mu      sync.Mutex
 	units   [][]entry // by unit, in no order
 	flushes []entry
 	losses  []entry
+	moves   []entry
 }
 
 // New returns a Run without history.
@@ -88,9 +90,13 @@ func (r *Run) Load(ctx context.Context, n int) error {
 	return err
 }
 
+// Rest lets each Load return once what is under way was answered; Rest(false)
+// comes before the next one.
+func (r *Run) Rest(on bool) { r.rest.Store(on) }
+
 // loadOne is one connection of a Load, over all its lives.
 func (r *Run) loadOne(ctx context.Context, k int, left *atomic.Int64) error {
-	for left.Load() > 0 && ctx.Err() == nil {
+	for left.Load() > 0 && ctx.Err() == nil && !r.rest.Load() {
 		c, err := r.dial(ctx)
 		if err != nil {
 			if ctx.Err() != nil {
@@ -104,7 +110,7 @@ func (r *Run) loadOne(ctx context.Context, k int, left *atomic.Int64) error {
 		for d := range r.cfg.Depth {
 			rnd := rand.New(rand.NewPCG(r.cfg.Seed, uint64(k)<<48|uint64(d)<<32|life))
 			depth.Go(func() {
-				for left.Load() > 0 {
+				for left.Load() > 0 && !r.rest.Load() {
 					err := r.one(c, rnd)
 					if errors.Is(err, errLost) {
 						return
@@ -168,6 +174,59 @@ func (r *Run) ReadAll(ctx context.Context) error {
 	return nil
 }
 
+// WriteAll writes every unit once, with one request, on a connection of its own,
+// and notes it. It fails when the request does.
+func (r *Run) WriteAll(ctx context.Context) error {
+	c, err := r.dial(ctx)
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	defer context.AfterFunc(ctx, c.close)()
+	return r.write(c, cmdWrite, 0, 0, r.cfg.Units)
+}
+
+// Settle reads every unit, flushes, and checks the history up to here, as Check
+// does; then the history begins anew with what was read, so that long runs stay
+// cheap to check. Nothing is under way, and what was not answered must not be
+// able to happen any more: if it does, the next check finds it.
+func (r *Run) Settle(ctx context.Context, limit time.Duration) error {
+	c, err := r.dial(ctx)
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	defer context.AfterFunc(ctx, c.close)()
+	r.mu.Lock()
+	for _, h := range r.units {
+		for i := range h {
+			if h[i].kind == writeOf && h[i].ret == never {
+				h[i].maybe, h[i].ret = true, max(r.now(), h[i].call)
+			}
+		}
+	}
+	r.mu.Unlock()
+	for u := range r.cfg.Units {
+		if err := r.read(c, u, 1); err != nil {
+			return fmt.Errorf("read unit %d: %w", u, err)
+		}
+	}
+	if err := r.flush(c); err != nil {
+		return fmt.Errorf("flush: %w", err)
+	}
+	if err := r.Check(limit); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for u, h := range r.units {
+		last := h[len(h)-1] // the read of just now
+		r.units[u] = []entry{{kind: writeOf, value: last.value, call: last.call, ret: last.ret, durable: true}}
+	}
+	r.flushes, r.losses, r.moves = nil, nil, nil
+	return nil
+}
+
 // PowerLost notes that everything which was not flushed may be gone. No request
 // is under way.
 func (r *Run) PowerLost() {
@@ -175,6 +234,16 @@ func (r *Run) PowerLost() {
 	defer r.mu.Unlock()
 	t := r.now()
 	r.losses = append(r.losses, entry{kind: lossOf, call: t, ret: r.now()})
+}
+
+// TakenOver notes that the disk is served by another instance, since some time
+// between from and now: what was answered is there, and of what was not, even
+// where somebody had read it, any part, as after a reboot. It is called before
+// the new instance is used; requests may be under way.
+func (r *Run) TakenOver(from time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.moves = append(r.moves, entry{kind: moveOf, call: int64(from.Sub(r.start)), ret: r.now()})
 }
 
 func (r *Run) offset(unit int) int64 { return r.cfg.Start + int64(unit)*int64(r.cfg.Unit) }
@@ -203,11 +272,17 @@ func (r *Run) write(c *client, cmd, flags uint16, at, n int) error {
 			encode(p[u*r.cfg.Unit:][:r.cfg.Unit], at+u, v)
 		}
 	}
+	r.mu.Lock()
+	moves := len(r.moves)
+	r.mu.Unlock()
 	call := r.now()
 	err := c.do(cmd, flags, r.offset(at), n*r.cfg.Unit, p, nil)
-	e := entry{kind: writeOf, value: v, call: call, ret: r.now(), durable: flags&flagFUA != 0}
+	e := entry{kind: writeOf, value: v, call: call, ret: r.now(), durable: flags&flagFUA != 0, moves: moves}
 	if !r.count(1, err) {
-		e.ret, e.durable = never, false
+		e.durable = false
+		if e.maybe = !errors.Is(err, errLost); !e.maybe {
+			e.ret = never
+		}
 	}
 	r.note(at, n, func(int) entry { return e })
 	return err

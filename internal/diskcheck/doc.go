@@ -8,10 +8,12 @@
 // bytes, and each register's history is checked for linearizability. What a
 // flush or a write with FUA covered must be there after PowerLost; what was
 // not covered may be the old or the new, unit for unit. A request that was not
-// answered may have happened at any time since, or not at all.
+// answered may have happened at any time since, but not after TakenOver, or not at
+// all; one that was answered with an error may have happened until then.
 //
-// The check is stricter than the protocol in one point: a flush counts for
-// every write that somebody had read before it, answered or not.
+// The check is stricter than the protocol in one point: a write that was not
+// answered, and that somebody had read, must not be undone, except by PowerLost or
+// TakenOver.
 //
 // # Concurrency
 //

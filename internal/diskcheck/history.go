@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"sort"
 	"strings"
 	"time"
 
@@ -20,6 +21,7 @@ const (
 	writeOf
 	flushOf
 	lossOf
+	moveOf // the disk goes on elsewhere
 )
 
 // entry is one request on one unit.
@@ -28,34 +30,38 @@ type entry struct {
 	value     uint64
 	call, ret int64 // nanoseconds since the beginning of the Run
 	durable   bool  // a write with FUA that was answered
+	maybe     bool  // a write that happened between call and ret, or never
+	moves     int   // how often the disk had been taken over when it was called
 }
 
 func (e entry) String() string {
-	name := map[kind]string{readOf: "read", writeOf: "write", flushOf: "flush", lossOf: "power lost"}[e.kind]
+	name := map[kind]string{readOf: "read", writeOf: "write", flushOf: "flush", lossOf: "power lost", moveOf: "taken over"}[e.kind]
 	ret := "never"
 	if e.ret != never {
 		ret = time.Duration(e.ret).String()
 	}
 	s := fmt.Sprintf("%-14v %-14s %s", time.Duration(e.call), ret, name)
 	switch {
-	case e.kind == flushOf || e.kind == lossOf:
+	case e.kind != readOf && e.kind != writeOf:
 		return s
 	case e.value == torn:
 		return s + " TORN"
 	case e.durable:
 		return fmt.Sprintf("%s %d, FUA", s, e.value)
+	case e.maybe:
+		return fmt.Sprintf("%s %d, perhaps", s, e.value)
 	}
 	return fmt.Sprintf("%s %d", s, e.value)
 }
 
 // register is what is known of one unit: the values that it may hold, of which
-// there is one except after a loss of power, and those that it may hold after
-// the next loss. Both sorted; never changed in place.
-type register struct{ now, later []uint64 }
+// there is one except after a loss, and those that it may hold after it was taken
+// over, and after the power was lost. All sorted; never changed in place.
+type register struct{ now, moved, later []uint64 }
 
 // model is the sequential disk.
 var model = porcupine.Model{
-	Init: func() any { return register{[]uint64{0}, []uint64{0}} },
+	Init: func() any { return register{[]uint64{0}, []uint64{0}, []uint64{0}} },
 	Step: func(state, input, _ any) (bool, any) {
 		s, e := state.(register), input.(entry)
 		switch e.kind {
@@ -63,23 +69,43 @@ var model = porcupine.Model{
 			if !slices.Contains(s.now, e.value) {
 				return false, s
 			}
-			return true, register{[]uint64{e.value}, s.later}
+			return true, register{[]uint64{e.value}, s.moved, s.later}
 		case writeOf:
 			now := []uint64{e.value}
-			if e.durable {
-				return true, register{now, now}
+			switch {
+			case e.maybe:
+				return true, register{with(s.now, e.value), with(s.moved, e.value), with(s.later, e.value)}
+			case e.durable:
+				return true, register{now, now, now}
+			case e.ret == never:
+				return true, register{now, with(s.moved, e.value), with(s.later, e.value)}
 			}
-			return true, register{now, with(s.later, e.value)}
+			return true, register{now, now, with(s.later, e.value)}
 		case flushOf:
-			return true, register{s.now, s.now}
+			return true, register{s.now, s.moved, s.flushed()}
+		case moveOf:
+			return true, register{s.moved, s.moved, s.later}
 		default:
-			return true, register{s.later, s.later}
+			return true, register{s.later, s.later, s.later}
 		}
 	},
 	Equal: func(a, b any) bool {
 		x, y := a.(register), b.(register)
-		return slices.Equal(x.now, y.now) && slices.Equal(x.later, y.later)
+		return slices.Equal(x.now, y.now) && slices.Equal(x.moved, y.moved) && slices.Equal(x.later, y.later)
 	},
+}
+
+// flushed is what the register may hold after a loss of power that follows a
+// flush: what it holds now, or, where a write was never answered, what it held before.
+func (s register) flushed() []uint64 {
+	if len(s.moved) == 1 {
+		return s.now
+	}
+	out := s.moved
+	for _, v := range s.now {
+		out = with(out, v)
+	}
+	return out
 }
 
 func with(set []uint64, v uint64) []uint64 {
@@ -99,35 +125,47 @@ func (r *Run) Check(limit time.Duration) error {
 	deadline := time.Now().Add(limit)
 	for u := range r.units {
 		h := r.history(u)
-		ops := make([]porcupine.Operation, len(h))
-		for i, e := range h {
-			ops[i] = porcupine.Operation{ClientId: i, Input: e, Call: e.call, Return: e.ret}
-		}
-		switch porcupine.CheckOperationsTimeout(model, ops, max(time.Until(deadline), time.Millisecond)) {
+		switch judge(h, deadline) {
 		case porcupine.Illegal:
-			return fmt.Errorf("no disk answers like this: unit %d at offset %d, seed %d:\n%s", u, r.offset(u), r.cfg.Seed, show(h))
+			// The first requests that are wrong together say where to look.
+			n := sort.Search(len(h), func(n int) bool { return judge(h[:n], deadline) == porcupine.Illegal })
+			return fmt.Errorf("no disk answers like this: unit %d at offset %d, seed %d:\n%s", u, r.offset(u), r.cfg.Seed, show(h[:min(n, len(h))]))
 		case porcupine.Unknown:
-			return fmt.Errorf("unit %d: %d requests could not be judged within %v", u, len(h), limit)
+			return fmt.Errorf("unit %d: %d requests could not be judged within %v:\n%s", u, len(h), limit, show(h))
 		}
 	}
 	return nil
 }
 
+// judge decides about one unit.
+func judge(h []entry, deadline time.Time) porcupine.CheckResult {
+	ops := make([]porcupine.Operation, len(h))
+	for i, e := range h {
+		ops[i] = porcupine.Operation{ClientId: i, Input: e, Call: e.call, Return: e.ret}
+	}
+	return porcupine.CheckOperationsTimeout(model, ops, max(time.Until(deadline), time.Millisecond))
+}
+
 // history of one unit, by call, without what cannot matter: flushes where no
-// power was lost, and unanswered writes whose value nobody has seen.
+// power was lost, and unanswered writes whose value nobody has seen. What was not
+// answered before the disk was taken over cannot happen afterwards.
 func (r *Run) history(u int) []entry {
-	seen := map[uint64]bool{0: true}
+	seen := map[uint64]int64{} // when a value was read last
 	for _, e := range r.units[u] {
 		if e.kind == readOf {
-			seen[e.value] = true
+			seen[e.value] = max(seen[e.value], e.ret)
 		}
 	}
 	var h []entry
 	for _, e := range r.units[u] {
-		if e.kind != writeOf || e.ret != never || seen[e.value] {
+		if e.kind == writeOf && e.ret == never && e.moves < len(r.moves) {
+			e.maybe, e.ret = true, r.moves[e.moves].ret
+		}
+		if e.kind != writeOf || e.ret != never && !e.maybe || seen[e.value] > e.call {
 			h = append(h, e)
 		}
 	}
+	h = append(h, r.moves...)
 	if len(r.losses) > 0 {
 		h = append(append(h, r.flushes...), r.losses...)
 	}

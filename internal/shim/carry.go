@@ -310,7 +310,8 @@ func (i *instance) storeList() []*blockstore.Store {
 
 // diskFS is the file system under the replica of a disk, watched: for level ca, which the VM may come to have.
 func (i *instance) diskFS(id string) vfs.FS {
-	w := vfs.NewWatch(vfs.OS{}, bootNow)
+	fsys, _ := storageOf(i.cfg)
+	w := vfs.NewWatch(fsys, bootNow)
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if i.watches == nil {
@@ -377,14 +378,15 @@ func (c *diskCarrier) freshStore(n int) (_ *blockstore.Store, err error) {
 	case <-closed:
 	case <-time.After(2 * time.Second):
 	}
-	if err := blockstore.Remove(vfs.OS{}, dir, d.ID); err != nil {
+	fsys, opts := storageOf(i.cfg)
+	if err := blockstore.Remove(fsys, dir, d.ID); err != nil {
 		return nil, err
 	}
-	err = blockstore.Create(vfs.OS{}, dir, blockstore.Params{ID: d.ID, VM: p.s.cfg.Spec.UUID, Size: d.Size, State: model.Inconsistent, Device: old.Meta().Image})
+	err = blockstore.Create(fsys, dir, blockstore.Params{ID: d.ID, VM: p.s.cfg.Spec.UUID, Size: d.Size, State: model.Inconsistent, Device: old.Meta().Image})
 	if err != nil {
 		return nil, err
 	}
-	st, err := blockstore.Open(i.diskFS(d.ID), dir, d.ID, blockstore.Options{}) // the old one's is not watched any more
+	st, err := blockstore.Open(i.diskFS(d.ID), dir, d.ID, opts) // the old one's is not watched any more
 	if err != nil {
 		return nil, err
 	}

@@ -206,6 +206,8 @@ func (d *disks) step(n int, ev replica.Event) (words []diskWord, err error) {
 // persist carries out one change of metadata with its marks, in their order.
 func (d *disks) persist(k *disk, a replica.ActPersist) error {
 	st := k.store
+	d.inst.point("replica.persist")
+	defer d.inst.point("replica.persisted")
 	save := true
 	switch a.Marks {
 	case replica.MarksFresh, replica.MarksOwn:
@@ -229,6 +231,7 @@ func (d *disks) persist(k *disk, a replica.ActPersist) error {
 			k.theirs = nil
 		}
 	}
+	d.inst.point("replica.marked")
 	d.s.mu.Lock()
 	term, branch, run := d.s.mode.Term, d.s.record.Record.Branch, d.s.mode.Run
 	d.s.mu.Unlock()

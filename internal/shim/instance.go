@@ -60,6 +60,7 @@ type instance struct {
 	lasting  []func()      // undoes what a successor on this host takes over; mu
 	pidFile  string        // in cfg.Dir; empty once a successor's stands in its place; mu
 	bound    chan struct{} // held output crossed its bound
+	at       func(string)  // see point
 
 	closeOnce sync.Once
 
@@ -175,6 +176,8 @@ func (i *instance) openDisks(incoming bool) error {
 		return nil
 	}
 	dir := filepath.Join(i.cfg.Dir, shimapi.DiskDir)
+	_, opts := storageOf(i.cfg)
+	i.at = opts.At
 	exports := map[string]nbd.Backend{}
 	for _, d := range i.cfg.Spec.Disks {
 		if incoming {
@@ -182,7 +185,7 @@ func (i *instance) openDisks(incoming bool) error {
 				return err
 			}
 		}
-		st, err := blockstore.Open(i.diskFS(d.ID), dir, d.ID, blockstore.Options{})
+		st, err := blockstore.Open(i.diskFS(d.ID), dir, d.ID, opts)
 		if err != nil {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}

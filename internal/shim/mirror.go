@@ -116,10 +116,12 @@ func (p *primary) mirrorAlone() <-chan struct{} {
 	p.goingAlone = done
 	p.goWork(func() {
 		defer close(done)
+		p.inst.point("alone.begin")
 		if err := errors.Join(p.disks.lost(), p.disks.alone()); err != nil {
 			p.guestEnded("go on without the secondary: " + err.Error())
 			return
 		}
+		p.inst.point("alone.durable")
 		p.inst.mirror.Alone()
 		p.carrier.dropped()
 	})
@@ -192,6 +194,7 @@ func (st *standby) mirrorFull(p []byte) error {
 			b.Term, short(b.Run.id()), st.pair.Term, short(st.pair.Primary))
 	}
 	st.target.Settle()
+	st.inst.point("full.begin")
 	return st.becomeFull(&whole{})
 }
 
@@ -227,12 +230,16 @@ func (s *Shim) takeOverMirror(st *standby, a authority.ActTakeOver) {
 
 // readyDisks makes the disks durable and this host's own before the guest writes.
 func (st *standby) readyDisks() error {
+	st.inst.point("takeover.begin")
 	for n, store := range st.inst.stores {
 		if err := store.Flush(); err != nil {
 			return fmt.Errorf("disk %d: %w", n, err)
 		}
 	}
-	return errors.Join(st.disks.lost(), st.disks.alone())
+	st.inst.point("takeover.flushed")
+	err := errors.Join(st.disks.lost(), st.disks.alone())
+	st.inst.point("takeover.durable")
+	return err
 }
 
 var _ mirror.Replica = (*blockstore.Volume)(nil)

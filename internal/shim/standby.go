@@ -330,6 +330,7 @@ func (st *standby) takeChunk(p []byte) error {
 		return err
 	}
 	data := p[chunkHead:]
+	st.inst.point("copy.chunk")
 	if c.Zero != 0 && len(data) == 0 && int(c.Disk) < len(st.inst.stores) {
 		return st.inst.stores[c.Disk].Zero(c.Off, int64(c.Len), true)
 	}
@@ -347,6 +348,7 @@ func (st *standby) flushCopy() error {
 			return fmt.Errorf("flush disk %d: %w", n, err)
 		}
 	}
+	st.inst.point("copy.flushed")
 	return st.sess.Send(st.ctx, kindSyncFlushed)
 }
 
@@ -533,6 +535,7 @@ func (st *standby) becomeFull(c *whole) error {
 	if err := st.disksWhole(c.epoch); err != nil {
 		return err
 	}
+	st.inst.point("full.durable")
 	st.mu.Lock()
 	st.full = true
 	sess := st.sess

@@ -11,7 +11,6 @@ import (
 	"perdure/internal/model"
 	"perdure/internal/netbuf"
 	"perdure/internal/shimapi"
-	"perdure/internal/vfs"
 )
 
 // boot builds the guest from the local disks, paused, under a fresh run.
@@ -58,6 +57,7 @@ func (s *Shim) claimReplicas(inst *instance, run model.RunID) error {
 		}); err != nil {
 			return fmt.Errorf("mark disk %s: %w", id, err)
 		}
+		inst.point("boot.claimed")
 	}
 	return nil
 }
@@ -224,12 +224,13 @@ func (st *standby) retire() {
 // makeReplica makes the replica of a disk that this host has none of.
 func makeReplica(cfg shimapi.Config, d model.DiskSpec) error {
 	dir := filepath.Join(cfg.Dir, shimapi.DiskDir)
-	have, err := blockstore.Exists(vfs.OS{}, dir, d.ID)
+	fsys, _ := storageOf(cfg)
+	have, err := blockstore.Exists(fsys, dir, d.ID)
 	if err != nil {
 		return fmt.Errorf("look for disk %s: %w", d.ID, err)
 	}
 	if have {
 		return nil
 	}
-	return blockstore.Create(vfs.OS{}, dir, blockstore.Params{ID: d.ID, VM: cfg.Spec.UUID, Size: d.Size, State: model.Inconsistent})
+	return blockstore.Create(fsys, dir, blockstore.Params{ID: d.ID, VM: cfg.Spec.UUID, Size: d.Size, State: model.Inconsistent})
 }

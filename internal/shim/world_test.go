@@ -27,6 +27,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	hollowMain()
 	if len(os.Args) > 1 && os.Args[1] == "flusher" {
 		os.Exit(guestmem.HelperMain(os.Args[2:]))
 	}
@@ -39,7 +40,9 @@ type store struct {
 	cur       model.Versioned
 	endpoints map[string]shimapi.Endpoint
 	changed   chan struct{}
-	down      map[string]bool // hosts whose agent does not answer
+	down      map[string]bool                         // hosts whose agent does not answer
+	place     func(shimapi.Endpoint) shimapi.Endpoint // what a published endpoint becomes; nil: itself
+	seen      func(model.Event)                       // of every event; nil: nothing more
 	t         *testing.T
 }
 
@@ -104,6 +107,9 @@ func (s *store) agent(t *testing.T, host, socket string) {
 	mux.HandleFunc("PUT /v1/endpoint", func(w http.ResponseWriter, r *http.Request) {
 		var e shimapi.Endpoint
 		json.NewDecoder(r.Body).Decode(&e)
+		if s.place != nil {
+			e = s.place(e)
+		}
 		s.mu.Lock()
 		s.endpoints[e.Host] = e
 		s.mu.Unlock()
@@ -126,6 +132,9 @@ func (s *store) agent(t *testing.T, host, socket string) {
 	mux.HandleFunc("POST /v1/event", func(w http.ResponseWriter, r *http.Request) {
 		var e model.Event
 		json.NewDecoder(r.Body).Decode(&e)
+		if s.seen != nil {
+			s.seen(e)
+		}
 		t.Logf("%s %s: %-14s term %d epoch %d %6.1f ms  %s", e.Time.Format("05.000"), e.Host, e.Type, e.Term, e.Epoch, e.DurationMS, e.Text)
 	})
 	ln, err := net.Listen("unix", socket)

@@ -64,6 +64,9 @@ func run(dir, sock string) (err error) {
 		}
 		defer pprof.StopCPUProfile()
 	}
+	if told := os.Getenv(targetEnv); told != "" {
+		return follow(ctx, dir, told)
+	}
 	s, err := blockstore.Open(vfs.OS{}, dir, Disk, blockstore.Options{})
 	if err != nil {
 		return err
@@ -72,10 +75,18 @@ func run(dir, sock string) (err error) {
 	if _, err := s.Replay(); err != nil {
 		return fmt.Errorf("replay journal: %w", err)
 	}
+	var disk nbd.Backend = blockstore.NewVolume(s, blockstore.VolumeOptions{})
+	if other := os.Getenv(peerEnv); other != "" {
+		m, stop, err := mirrored(ctx, disk.(*blockstore.Volume), other)
+		if err != nil {
+			return fmt.Errorf("mirror the disk: %w", err)
+		}
+		defer stop()
+		disk = m
+	}
 	ln, err := net.Listen("unix", sock)
 	if err != nil {
 		return err
 	}
-	v := blockstore.NewVolume(s, blockstore.VolumeOptions{})
-	return nbd.Serve(ctx, ln, map[string]nbd.Backend{Disk: v}, nbd.Options{})
+	return nbd.Serve(ctx, ln, map[string]nbd.Backend{Disk: disk}, nbd.Options{})
 }

@@ -1,0 +1,241 @@
+//go:build bench
+
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"perdure/internal/diskcheck/diskserver"
+	"perdure/internal/testenv"
+)
+
+// qsd is a qemu-storage-daemon on sock that exports image, of which the NBD server on
+// port has a second copy: by quorum, or by the job that beginMirror begins.
+func qsd(how, sock, image string, port int) []string {
+	args := []string{testenvQSD, "--blockdev", "driver=file,node-name=a0,filename=" + image + ",discard=unmap", "--blockdev", "driver=raw,node-name=a,file=a0",
+		"--blockdev", fmt.Sprintf("driver=nbd,node-name=b,server.type=inet,server.host=127.0.0.1,server.port=%d,export=disk0", port)}
+	top := "a"
+	if how == "quorum" {
+		top = "q"
+		args = append(args, "--blockdev", "driver=quorum,node-name=q,vote-threshold=2,children.0=a,children.1=b")
+	}
+	return append(args, "--chardev", "socket,id=m,server=on,wait=off,path="+sock+".qmp", "--monitor", "chardev=m",
+		"--nbd-server", "addr.type=unix,addr.path="+sock, "--export", "type=nbd,id=e,node-name="+top+",name=disk0,writable=on")
+}
+
+var testenvQSD = "qemu-storage-daemon"
+
+// beginMirror has a storage daemon mirror what is written, before it is answered.
+func beginMirror(t *testing.T, sock string) {
+	t.Helper()
+	c, err := net.Dial("unix", sock+".qmp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	d := json.NewDecoder(c)
+	ready := false
+	for _, q := range []string{`{"execute":"qmp_capabilities"}`,
+		`{"execute":"blockdev-mirror","arguments":{"job-id":"m","device":"a","target":"b","sync":"none","copy-mode":"write-blocking"}}`} {
+		if _, err := c.Write([]byte(q)); err != nil {
+			t.Fatal(err)
+		}
+		for {
+			var m map[string]any
+			if err := d.Decode(&m); err != nil {
+				t.Fatal(err)
+			}
+			if m["error"] != nil {
+				t.Fatalf("%s: %v", q, m["error"])
+			}
+			ready = ready || m["event"] == "BLOCK_JOB_READY"
+			if _, ok := m["return"]; ok {
+				break
+			}
+		}
+	}
+	for !ready { // until it is, writes are not copied before they are answered
+		var m map[string]any
+		if err := d.Decode(&m); err != nil {
+			t.Fatal(err)
+		}
+		ready = m["event"] == "BLOCK_JOB_READY"
+	}
+}
+
+// TestBenchMirroredDisk compares a disk that is mirrored write by write over a
+// session on the loopback device with QEMU's quorum and blockdev-mirror of a local
+// file and an NBD server on the same device; and block checksums with none.
+func TestBenchMirroredDisk(t *testing.T) {
+	b := &bench{t: t, res: results{Time: time.Now().UTC(), Version: "mirrored disks", Accel: "none"}}
+	defer b.write()
+	fio, qemuNBD := testenv.Tool(t, "fio"), testenv.Tool(t, "qemu-nbd")
+	testenvQSD = testenv.Tool(t, "qemu-storage-daemon")
+	dir := filepath.Join(suite.dir, "bench-mirror")
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	image := benchReplica(t, filepath.Join(dir, "a"), benchDiskSize, false)
+	remote := benchReplica(t, filepath.Join(dir, "b"), benchDiskSize, false)
+	benchReplica(t, filepath.Join(dir, "plain"), benchDiskSize, true)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := freePort(t)
+	far := exec.Command(qemuNBD, "-f", "raw", "-t", "-b", "127.0.0.1", "-p", strconv.Itoa(port), "-e", "8", "-x", "disk0", remote)
+	ours := func(env func(sock string) []string) func(sock string) ([]string, []string) {
+		return func(sock string) ([]string, []string) { return []string{self}, env(sock) }
+	}
+	theirs := func(how string) func(sock string) ([]string, []string) {
+		return func(sock string) ([]string, []string) { return qsd(how, sock, image, port), nil }
+	}
+	a, o := filepath.Join(dir, "a"), filepath.Join(dir, "b")
+	type contender struct {
+		name  string
+		start func(sock string) (args, env []string)
+		far   bool // it needs the NBD server
+	}
+	mirrors := []contender{
+		{"perdure", ours(func(s string) []string { return diskserver.EnvMirrored(a, o, s) }), false},
+		{"quorum", theirs("quorum"), true},
+		{"blockdev-mirror", theirs("mirror"), true},
+	}
+	sums := []contender{
+		{"with checksums", ours(func(s string) []string { return diskserver.Env(a, s) }), false},
+		{"without", ours(func(s string) []string { return diskserver.Env(filepath.Join(dir, "plain"), s) }), false},
+	}
+	measure := func(row diskRow, list []contender) [][]sample {
+		got := make([][]sample, len(list))
+		for range *benchDiskRounds {
+			for i, c := range list {
+				if c.far {
+					far = exec.Command(far.Args[0], far.Args[1:]...)
+					far.Stderr = os.Stderr
+					if err := far.Start(); err != nil {
+						t.Fatal(err)
+					}
+				}
+				sock := filepath.Join(dir, strings.ReplaceAll(c.name, " ", "-")+".sock")
+				args, env := c.start(sock)
+				s := diskServer{name: c.name, args: func(string, string) []string { return args }, env: env}
+				if c.name == "blockdev-mirror" {
+					s.ready = func() { beginMirror(t, sock) }
+				}
+				if c.far {
+					awaitPort(t, port)
+				}
+				got[i] = append(got[i], runDisk(t, fio, s, row, sock, image))
+				if c.far {
+					_ = far.Process.Kill()
+					_ = far.Wait()
+				}
+			}
+		}
+		return got
+	}
+	for _, row := range diskRows {
+		if row.rw != "read" {
+			b.compared("disk, mirrored, "+row.name+", over the better of quorum and blockdev-mirror", 1.2, mirrors[0].name, []string{mirrors[1].name, mirrors[2].name}, measure(row, mirrors))
+		}
+		b.compared("disk, "+row.name+", with block checksums over without", 0.9, sums[0].name, []string{sums[1].name}, measure(row, sums))
+	}
+	b.addedLatency()
+}
+
+// compared notes a ratio: the first one's median over the best of the others.
+func (b *bench) compared(name string, goal float64, first string, others []string, got [][]sample) {
+	rate := func(s []sample) float64 {
+		var x []float64
+		for _, k := range s {
+			x = append(x, k.perSecond)
+		}
+		return median(x)
+	}
+	of := func(s []sample, f func(sample) float64) float64 {
+		var x []float64
+		for _, k := range s {
+			x = append(x, f(k))
+		}
+		return median(x)
+	}
+	best := 0.0
+	var detail []string
+	for i, n := range append([]string{first}, others...) {
+		if i > 0 {
+			best = max(best, rate(got[i]))
+		}
+		detail = append(detail, fmt.Sprintf("%s %.0f/s, %.1f µs CPU, p99 %.0f µs", n, rate(got[i]), of(got[i], func(s sample) float64 { return s.cpuMicros }),
+			of(got[i], func(s sample) float64 { return s.p99 })))
+	}
+	var series []float64
+	for k := range got[0] {
+		m := 0.0
+		for _, o := range got[1:] {
+			m = max(m, o[k].perSecond)
+		}
+		series = append(series, got[0][k].perSecond/m)
+	}
+	b.atLeast(name, rate(got[0])/best, goal, "x", strings.Join(detail, "; "), series...)
+}
+
+var metric = regexp.MustCompile(`([0-9.]+) (ratio|mirrored-µs|own-µs|trip-µs)-(p50|p99)`)
+
+// addedLatency takes the figures of BenchmarkMirroredWrite, in which every write is
+// measured beside what it is made of.
+func (b *bench) addedLatency() {
+	got := map[string][]float64{}
+	for range *benchDiskRounds {
+		out, err := exec.Command("go", "test", "-run", "^$", "-bench", "^BenchmarkMirroredWrite$", "-benchtime", "20000x", "perdure/internal/shim").CombinedOutput()
+		if err != nil {
+			b.t.Fatalf("BenchmarkMirroredWrite: %v\n%s", err, out)
+		}
+		for _, m := range metric.FindAllStringSubmatch(string(out), -1) {
+			v, _ := strconv.ParseFloat(m[1], 64)
+			got[m[2]+" "+m[3]] = append(got[m[2]+" "+m[3]], v)
+		}
+	}
+	for _, q := range []string{"p50", "p99"} {
+		if len(got["ratio "+q]) == 0 {
+			b.t.Fatal("BenchmarkMirroredWrite reports no ratio")
+		}
+		b.atMost("disk, mirrored 4 KiB write, "+q+", over the peer's own write and a round trip", median(got["ratio "+q]), 1.3, "x",
+			fmt.Sprintf("%.0f µs, own write %.0f, round trip %.0f", median(got["mirrored-µs "+q]), median(got["own-µs "+q]), median(got["trip-µs "+q])), got["ratio "+q]...)
+	}
+}
+
+func freePort(t *testing.T) int {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	return ln.Addr().(*net.TCPAddr).Port
+}
+
+func awaitPort(t *testing.T, port int) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		c, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err == nil {
+			_ = c.Close()
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("nobody listens on port %d: %v", port, err)
+		}
+	}
+}

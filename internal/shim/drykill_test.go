@@ -1,0 +1,231 @@
+package shim
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"perdure/internal/model"
+)
+
+// The crash matrix: two shims in processes of their own, each killed outright at
+// every point between two durable steps, in every part that a shim plays.
+
+// dryPoints are those of the store and those of the pair.
+var dryPoints = []string{
+	"image.write", "image.written", "image.sync", "image.synced", "log.write", "log.written", "log.synced", "log.leave", "sums.written",
+	"bitmap.save", "bitmap.saved", "meta.write", "meta.written",
+	"replica.persist", "replica.marked", "replica.persisted", "copy.chunk", "copy.flushed", "full.begin", "full.durable",
+	"takeover.begin", "takeover.flushed", "takeover.durable", "alone.begin", "alone.durable", "boot.claimed",
+}
+
+// dryPart is what a shim does when it is killed.
+type dryPart string
+
+const (
+	partTarget   dryPart = "as target and secondary" // from its start on
+	partPromoted dryPart = "promoted"                // from the other side's end on: takeover, alone, source of a resync
+	partLeft     dryPart = "left by the secondary"   // a primary whose secondary is killed
+	partBoot     dryPart = "booting"                 // both were killed, this side is first again
+)
+
+var dryParts = []dryPart{partTarget, partPromoted, partLeft, partBoot}
+
+// dryCase is one cell of the matrix.
+type dryCase struct {
+	point string
+	part  dryPart
+	after int
+}
+
+// dryMatrix lists the cells: each part comes by the points of the store, and by
+// those of the pair that belong to it.
+func dryMatrix() (out []dryCase) {
+	own := map[string][]dryPart{"copy.": {partTarget, partBoot}, "full.": {partTarget, partBoot}, "takeover.": {partPromoted},
+		"alone.": {partLeft}, "boot.": {partBoot}}
+	for _, p := range dryPoints {
+		kind := p[:strings.Index(p, ".")+1]
+		for _, part := range dryParts {
+			parts, few := own[kind]
+			if few && !slices.Contains(parts, part) {
+				continue
+			}
+			out = append(out, dryCase{p, part, 0})
+			if !few {
+				out = append(out, dryCase{p, part, 2})
+			}
+		}
+	}
+	return out
+}
+
+// dryKills plays cells.
+type dryKills struct {
+	t *testing.T
+	w *dry
+	l *dryLoad
+}
+
+func newDryKills(t *testing.T, seed uint64) *dryKills {
+	k := &dryKills{t: t, w: newDry(t, true)}
+	k.l = newDryLoad(k.w, seed)
+	k.w.untilDuplex(30 * time.Second)
+	k.l.begin()
+	t.Cleanup(func() { k.l.end() })
+	return k
+}
+
+func (k *dryKills) seats() (primary, secondary *dryHost) {
+	p := k.w.hosts[k.w.store.get().Record.Primary.Host]
+	return p, p.other()
+}
+
+// cell kills a shim as c says and checks what both sides make of it. It reports
+// whether the point was reached.
+func (k *dryKills) cell(c dryCase) bool {
+	k.t.Helper()
+	primary, secondary := k.seats()
+	victim := secondary
+	switch c.part {
+	case partTarget:
+		k.again(victim, c, true)
+	case partPromoted:
+		k.again(victim, c, false)
+		k.duplex()
+		k.arm(victim)
+		k.kill(primary)
+	case partLeft:
+		// The victim becomes primary first, unarmed; then its new secondary goes.
+		k.again(victim, c, false)
+		k.duplex()
+		k.kill(primary)
+		k.duplex()
+		k.arm(victim)
+		k.kill(victim.other())
+	case partBoot:
+		victim = primary
+		victim.powerOff(true, nil)
+		secondary.powerOff(true, nil)
+		victim.point, victim.after, victim.armed = c.point, c.after, true
+		victim.powerOn()
+		secondary.powerOn()
+	}
+	hit := k.awaitKill(victim, c)
+	k.duplex()
+	if err := k.l.progress(20, 30*time.Second); err != nil {
+		k.t.Fatalf("%+v: %v", c, err)
+	}
+	k.l.end()
+	defer k.l.begin()
+	err := k.w.same(20 * time.Second)
+	if err == nil {
+		err = k.l.settle()
+	}
+	if err != nil {
+		k.t.Fatalf("%+v: %v", c, err)
+	}
+	return hit
+}
+
+func (k *dryKills) duplex() {
+	k.t.Helper()
+	k.w.until("duplex", 60*time.Second, func(r model.Record) bool {
+		return r.Mode == model.ModeDuplex && k.w.hosts["a"].now() != nil && k.w.hosts["b"].now() != nil
+	})
+}
+
+// again starts a host's shim anew, to be killed at a point.
+func (k *dryKills) again(h *dryHost, c dryCase, armed bool) {
+	h.powerOff(true, nil)
+	h.point, h.after, h.armed = c.point, c.after, armed
+	h.powerOn()
+	for end := time.Now().Add(20 * time.Second); h.now() == nil && time.Now().Before(end); {
+		time.Sleep(time.Millisecond)
+	}
+}
+
+func (k *dryKills) arm(h *dryHost) {
+	if l := h.now(); l != nil {
+		l.gate.arm()
+	}
+}
+
+// kill ends a shim for good, and its agent starts the next one.
+func (k *dryKills) kill(h *dryHost) {
+	h.powerOff(true, nil)
+	h.powerOn()
+}
+
+// awaitKill waits until the victim's point was reached, or the pair is whole and
+// busy without it. A life that ended in another way counts as not reached.
+func (k *dryKills) awaitKill(h *dryHost, c dryCase) bool {
+	k.t.Helper()
+	var l *dryLife
+	began := time.Now()
+	for ; ; time.Sleep(2 * time.Millisecond) {
+		if l == nil {
+			if n := h.now(); n != nil && n.point == c.point {
+				l = n
+			}
+		}
+		if l != nil {
+			select {
+			case <-l.gone:
+				return true
+			default:
+			}
+		}
+		calm := k.w.store.get().Record.Mode == model.ModeDuplex && time.Since(began) > 1500*time.Millisecond
+		if calm || time.Since(began) > 20*time.Second {
+			return false
+		}
+	}
+}
+
+// runDryKills plays so many cells, or all of them, in random order, within d.
+func runDryKills(t *testing.T, seed uint64, most int, d time.Duration) {
+	if seed == 0 {
+		seed = uint64(time.Now().UnixNano())
+	}
+	t.Logf("seed %d", seed)
+	cells := dryMatrix()
+	rnd := rand.New(rand.NewPCG(seed, 7))
+	rnd.Shuffle(len(cells), func(i, j int) { cells[i], cells[j] = cells[j], cells[i] })
+	k := newDryKills(t, seed)
+	began, hits, played := time.Now(), 0, 0
+	reached := map[string]bool{}
+	for _, c := range cells {
+		if played == most || time.Since(began) > d {
+			break
+		}
+		start := time.Now()
+		hit := k.cell(c)
+		played++
+		if hit {
+			hits++
+			reached[c.point] = true
+		}
+		t.Logf("%-18s %-26s after %d: killed %-5v %5.2f s", c.point, c.part, c.after, hit, time.Since(start).Seconds())
+	}
+	k.l.end()
+	t.Logf("%d of %d cells, killed in %d; %+v", played, len(cells), hits, k.l.count())
+	if hits == 0 {
+		t.Error("nothing was killed: this test shows nothing")
+	}
+	if played == len(cells) {
+		for _, p := range dryPoints {
+			if !reached[p] {
+				t.Error(fmt.Sprintf("no shim came by the point %s", p))
+			}
+		}
+	}
+	k.l.begin()
+}
+
+// TestPairKilledAtPoints plays some cells of the crash matrix; make soak plays all.
+func TestPairKilledAtPoints(t *testing.T) {
+	runDryKills(t, 0, 6, 12*time.Second)
+}

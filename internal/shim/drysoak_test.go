@@ -1,0 +1,48 @@
+//go:build soak
+
+package shim
+
+import (
+	"flag"
+	"testing"
+	"time"
+
+	"perdure/internal/blockstore"
+)
+
+// The same flags as those of the end-to-end tests, which make soak passes to all.
+var (
+	_        = flag.Bool("soak", false, "run the long tests; here they are built in")
+	soakFor  = flag.Duration("soak-for", 10*time.Minute, "how long random faults are made")
+	soakSeed = flag.Uint64("soak-seed", 0, "seed of the random faults (0: from the clock)")
+)
+
+// TestSoakReplicatedDisk makes faults below a replicated disk at random.
+func TestSoakReplicatedDisk(t *testing.T) { runDryFaults(t, *soakSeed, *soakFor) }
+
+// TestSoakPairKilled plays the whole crash matrix.
+func TestSoakPairKilled(t *testing.T) { runDryKills(t, *soakSeed, -1, time.Hour) }
+
+// TestSoakResyncOfALargeDisk: 200 GiB, of which almost all is a hole; the time of a
+// resync follows what has changed, and the memory of the shims is bounded.
+func TestSoakResyncOfALargeDisk(t *testing.T) {
+	const size = 200 << 30
+	r := newResyncRig(t, size)
+	chunks := int64(size / blockstore.ChunkSize)
+	var took []time.Duration
+	for _, n := range []int64{chunks / 1000, chunks / 100} {
+		sent, d := r.outage(n)
+		took = append(took, d)
+		t.Logf("200 GiB, %.1f %% changed: %d MiB sent in %.1f s, %.0f MB/s; peak memory of the shims %d and %d MiB", 100*float64(n)/float64(chunks), sent>>20,
+			d.Seconds(), float64(sent)/1e6/d.Seconds(), r.w.hosts["a"].peakMemory()>>20, r.w.hosts["b"].peakMemory()>>20)
+		if sent < n*blockstore.ChunkSize || sent > n*blockstore.ChunkSize*11/10 {
+			t.Errorf("%d bytes were sent for %d that had changed", sent, n*blockstore.ChunkSize)
+		}
+		for _, h := range r.w.hosts {
+			if m := h.peakMemory(); m > 256<<20 {
+				t.Errorf("the shim of host %s has used %d MiB", h.name, m>>20)
+			}
+		}
+	}
+	t.Logf("ten times as much took %.1f times as long", took[1].Seconds()/took[0].Seconds())
+}

@@ -1,0 +1,239 @@
+package shim
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"perdure/internal/blockstore"
+	"perdure/internal/shimapi"
+	"perdure/internal/vfs"
+)
+
+// What stands in for a guest where only its disks matter: a QEMU that answers
+// its monitor and does nothing, and a gate that notes until when it is open. The
+// guest's requests are then a test's own, by the disk server's socket, and its
+// output is what passes that gate. This program is all of it, by its name or
+// first argument.
+
+const (
+	hollowQEMU = "hollow-qemu" // the name that makes this program one
+	hollowShim = "hollow-shim" // the argument that makes it a shim, see shimMain
+)
+
+// hollowMain does nothing unless this process is a part of a test's world.
+func hollowMain() {
+	switch {
+	case filepath.Base(os.Args[0]) == hollowQEMU:
+		if err := qemuMain(os.Args[1:]); err != nil {
+			fmt.Fprintln(os.Stderr, "hollow QEMU:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	case len(os.Args) == 3 && os.Args[1] == hollowShim:
+		if err := shimMain(os.Args[2]); err != nil {
+			fmt.Fprintln(os.Stderr, "shim:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+}
+
+// qemuMain answers QMP until its last client has gone.
+func qemuMain(args []string) error {
+	path := ""
+	for n, a := range args {
+		if a == "-qmp" && n+1 < len(args) {
+			path, _, _ = strings.Cut(strings.TrimPrefix(args[n+1], "unix:"), ",")
+		}
+	}
+	_ = os.Remove(path) // a predecessor's, as QEMU does
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		return err
+	}
+	conn, err := ln.Accept()
+	if err != nil {
+		return err
+	}
+	var mu sync.Mutex
+	say := func(v any) {
+		mu.Lock()
+		defer mu.Unlock()
+		_ = json.NewEncoder(conn).Encode(v) // a client that left is noticed by reading
+	}
+	say(map[string]any{"QMP": map[string]any{"version": map[string]any{"qemu": map[string]int{"major": 7, "minor": 2, "micro": 22}}, "capabilities": []string{}}})
+	event := func(name string, data any) {
+		now := time.Now()
+		say(map[string]any{"event": name, "data": data, "timestamp": map[string]int64{"seconds": now.Unix(), "microseconds": int64(now.Nanosecond() / 1000)}})
+	}
+	var running atomic.Bool
+	failed := make(chan os.Signal, 1)
+	signal.Notify(failed, syscall.SIGUSR1) // its disk answered with an error
+	go func() {
+		for range failed {
+			if running.Swap(false) {
+				event("BLOCK_IO_ERROR", map[string]string{"node-name": "disk0", "operation": "write", "action": "stop", "reason": "as the test says"})
+				event("STOP", struct{}{})
+			}
+		}
+	}()
+	for d := json.NewDecoder(conn); ; {
+		var c struct {
+			Execute string `json:"execute"`
+		}
+		if d.Decode(&c) != nil {
+			break // its shim is gone; a QEMU stays, and keeps the lock
+		}
+		var answer any = struct{}{}
+		switch c.Execute {
+		case "stop":
+			if running.Swap(false) {
+				event("STOP", struct{}{})
+			}
+		case "cont":
+			running.Store(true)
+			event("RESUME", struct{}{})
+		case "query-status":
+			answer = map[string]any{"status": map[bool]string{true: "running", false: "paused"}[running.Load()], "running": running.Load()}
+		case "query-cpus-fast":
+			answer = []map[string]int{{"thread-id": os.Getpid(), "cpu-index": 0}}
+		case "query-block", "query-chardev":
+			answer = []int{}
+		}
+		say(map[string]any{"return": answer})
+	}
+	for {
+		time.Sleep(time.Hour)
+	}
+}
+
+// noteGate is a kernel's gate that can be looked at from another process: a file
+// holds until when it is open, in nanoseconds of CLOCK_BOOTTIME. Behind that it
+// says whether the process may be killed at its point.
+type noteGate struct{ note *[2]int64 }
+
+func openNoteGate(path string) (noteGate, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return noteGate{}, err
+	}
+	defer f.Close()
+	const size = int(unsafe.Sizeof([2]int64{}))
+	if err := f.Truncate(int64(size)); err != nil {
+		return noteGate{}, err
+	}
+	b, err := unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return noteGate{}, err
+	}
+	return noteGate{(*[2]int64)(unsafe.Pointer(&b[0]))}, nil // mapped for as long as the process lives
+}
+
+func (g noteGate) arm()        { atomic.StoreInt64(&g.note[1], 1) }
+func (g noteGate) armed() bool { return atomic.LoadInt64(&g.note[1]) != 0 }
+
+func (g noteGate) Open(_ []string, d time.Duration) error {
+	atomic.StoreInt64(&g.note[0], int64(bootNow()+d))
+	return nil
+}
+
+func (g noteGate) Shut([]string) error {
+	atomic.StoreInt64(&g.note[0], 0)
+	return nil
+}
+
+// isOpen reports whether output passes now.
+func (g noteGate) isOpen() bool { return int64(bootNow()) < atomic.LoadInt64(&g.note[0]) }
+
+// openHollow is Open for a shim of such a world: its gate has something to open.
+func openHollow(cfg shimapi.Config, gate string, log *slog.Logger) (*Shim, error) {
+	g, err := openNoteGate(gate)
+	if err != nil {
+		return nil, err
+	}
+	s, err := Open(cfg, nil, g, log)
+	if err != nil {
+		return nil, err
+	}
+	s.gate.taps = []string{"hollow"}
+	return s, nil
+}
+
+// shimOrder tells a shim's process what to be.
+type shimOrder struct {
+	Config shimapi.Config
+	Gate   string
+	Log    string
+	// Where it is killed, once it is armed: at Point, when it has passed it After times.
+	Point string
+	After int
+	// Activity and Journal are the store's options.
+	Activity int
+	Journal  int64
+}
+
+// shimMain is a shim in a process of its own.
+func shimMain(order string) error {
+	b, err := os.ReadFile(order)
+	if err != nil {
+		return err
+	}
+	var o shimOrder
+	if err := json.Unmarshal(b, &o); err != nil {
+		return err
+	}
+	armed, err := openNoteGate(o.Gate)
+	if err != nil {
+		return err
+	}
+	var count atomic.Int64
+	storageOf = func(shimapi.Config) (vfs.FS, blockstore.Options) {
+		return vfs.OS{}, blockstore.Options{Activity: o.Activity, JournalLimit: o.Journal, At: func(p string) {
+			if p == o.Point && armed.armed() && count.Add(1) == int64(o.After)+1 {
+				_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+				select {}
+			}
+		}}
+	}
+	f, err := os.OpenFile(o.Log, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	s, err := openHollow(o.Config, o.Gate, slog.New(slog.NewTextHandler(f, &slog.HandlerOptions{Level: slog.LevelDebug})))
+	if err != nil {
+		return err
+	}
+	return s.Run(context.Background())
+}
+
+// signalHollow sends a signal to the QEMU whose pid file is in dir.
+func signalHollow(dir string, sig syscall.Signal) {
+	b, err := os.ReadFile(filepath.Join(dir, shimapi.QEMUPID))
+	if err != nil {
+		return // none was started
+	}
+	pid, err := strconv.Atoi(strings.Fields(string(b) + " 0")[0])
+	if err != nil || pid <= 1 {
+		return
+	}
+	name, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	if err != nil || !strings.Contains(string(name), hollowQEMU) {
+		return // gone, and the number is another's
+	}
+	_ = syscall.Kill(pid, sig)
+}
