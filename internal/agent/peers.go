@@ -175,6 +175,10 @@ func (a *Agent) peerHandler() http.Handler {
 		}
 		return struct{}{}, a.shimOpHere(ctx, vm, op)
 	}))
+	mux.HandleFunc("GET /agent/v1/disks", a.vmCall(func(ctx context.Context, vm string, _ *http.Request) (any, error) {
+		h := a.replicasOfVM(ctx, vm)
+		return h, h.err
+	}))
 	mux.HandleFunc("POST /agent/v1/forget", a.vmCall(func(ctx context.Context, vm string, r *http.Request) (any, error) {
 		var f forget
 		if err := json.NewDecoder(io.LimitReader(r.Body, 4096)).Decode(&f); err != nil {

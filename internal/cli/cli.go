@@ -226,7 +226,7 @@ func (a *app) root() *cobra.Command {
 			}
 		}
 	}
-	add("use", a.statusCommand(), a.hostCommand(), a.vmCommand(), a.tokenCommand())
+	add("use", a.statusCommand(), a.hostCommand(), a.vmCommand(), a.diskCommand(), a.tokenCommand())
 	add("host", a.initCommand(), a.joinCommand(), a.witnessCommand(), a.agentCommand(), a.doctorCommand(), a.inspectCommand())
 	add("", a.shimCommand(), a.flusherCommand(), a.versionCommand(), a.manCommand(), exitCodesTopic())
 	add("host", a.Commands...)

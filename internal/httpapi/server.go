@@ -81,6 +81,7 @@ func New(o Options) *Server {
 	s.spec = h.OpenAPI()
 	s.registerCluster(h)
 	s.registerVMs(h)
+	s.registerDisks(h)
 	s.registerTransfers(h)
 	s.registerStreams(h, mux)
 	delete(s.spec.Components.Schemas.Map(), "ErrorModel") // never sent, see toProblem

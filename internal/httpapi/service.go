@@ -19,6 +19,7 @@ import (
 type Service interface {
 	ClusterService
 	VMService
+	DiskService
 	TransferService
 }
 

@@ -81,6 +81,7 @@ type Status struct {
 	Links      []LinkStatus          `json:"links,omitempty"`
 	Problems   []model.Problem       `json:"problems,omitempty"`
 	GuestMS    float64               `json:"guest_ms"` // guest time run since start, milliseconds, for the clock metric
+	Disks      []DiskStatus          `json:"disks,omitempty"`
 }
 
 // LinkStatus is one A-link as seen by a shim.
@@ -150,4 +151,10 @@ type ReadResult struct {
 	Found   bool            `json:"found"`
 	Current model.Versioned `json:"current"`
 	Error   string          `json:"error,omitempty"`
+}
+
+// DiskStatus is one disk as a shim has it.
+type DiskStatus struct {
+	model.DiskSpec
+	Missing int64 `json:"missing"` // bytes that the peer may lack, by the bitmap
 }
