@@ -179,6 +179,13 @@ func (a *Agent) peerHandler() http.Handler {
 		h := a.replicasOfVM(ctx, vm)
 		return h, h.err
 	}))
+	mux.HandleFunc("POST /agent/v1/renew-replica", a.vmCall(func(ctx context.Context, vm string, r *http.Request) (any, error) {
+		var req renewReplica
+		if err := json.NewDecoder(io.LimitReader(r.Body, 4096)).Decode(&req); err != nil {
+			return nil, err
+		}
+		return struct{}{}, a.renewHere(ctx, vm, req)
+	}))
 	mux.HandleFunc("POST /agent/v1/forget", a.vmCall(func(ctx context.Context, vm string, r *http.Request) (any, error) {
 		var f forget
 		if err := json.NewDecoder(io.LimitReader(r.Body, 4096)).Decode(&f); err != nil {

@@ -294,7 +294,7 @@ func (a *app) diskAttachCommand(use string) *cobra.Command {
 	c.Long = `Gives a VM another disk: an empty one, one filled from an image (which is copied),
 or one that was detached before. A running guest gets it plugged in. A VM with a
 second copy runs without it meanwhile, and is protected again by itself.`
-	c.Example = "  perdure disk attach web --size 20G\n  perdure disk attach web --image data.qcow2 --id data\n  perdure disk attach web --from disk1-20260301-030000 --id disk1"
+	c.Example = "  perdure disk attach web --size 20G\n  perdure disk attach web --image data.qcow2 --id data\n  perdure disk attach web --from disk1-1 --id disk1"
 	f := c.Flags()
 	f.Var(&sizeFlag{&req.Size}, "size", "size, such as 20G (default: that of the image)")
 	f.StringVar(&image, "image", "", "`FILE` that it is filled from (qcow2, raw, vmdk)")

@@ -148,6 +148,56 @@ func (s *Store) Spec(ctx context.Context, vm string) (model.VMSpec, error) {
 	return spec, nil
 }
 
+// changeTries bounds the repetitions of a ChangeSpec that meets other changes.
+const changeTries = 5
+
+// ChangeSpec replaces a VM's specification and record by what f makes of them, both in one
+// transaction, and asks f again where either was changed meanwhile. An error of f
+// ends it and comes back wrapped. An error that is ErrUnavailable leaves open whether the change was
+// made; ErrConflict: others changed them all the time.
+func (s *Store) ChangeSpec(ctx context.Context, vm string, f func(model.VMSpec, model.Record) (model.VMSpec, model.Record, error)) error {
+	fail := func(err error) error { return fmt.Errorf("change specification of %q: %w", vm, err) }
+	for range changeTries {
+		var spec model.VMSpec
+		var rec model.Record
+		var revs [2]int64
+		for n, key := range []string{specKey(vm), recordKey(vm)} {
+			err := s.get(ctx, key, func(kv *mvccpb.KeyValue) error {
+				revs[n] = kv.ModRevision
+				if n == 0 {
+					return json.Unmarshal(kv.Value, &spec)
+				}
+				return json.Unmarshal(kv.Value, &rec)
+			})
+			if err != nil {
+				return fail(err)
+			}
+		}
+		spec, rec, err := f(spec, rec.Clone())
+		if err != nil {
+			return fail(err)
+		}
+		sv, err := json.Marshal(spec)
+		if err != nil {
+			return fail(err)
+		}
+		rv, err := json.Marshal(rec)
+		if err != nil {
+			return fail(err)
+		}
+		ok, err := s.txn(ctx,
+			[]clientv3.Cmp{clientv3.Compare(clientv3.ModRevision(specKey(vm)), "=", revs[0]), clientv3.Compare(clientv3.ModRevision(recordKey(vm)), "=", revs[1])},
+			[]clientv3.Op{clientv3.OpPut(specKey(vm), string(sv)), clientv3.OpPut(recordKey(vm), string(rv))})
+		if err != nil {
+			return fail(err)
+		}
+		if ok {
+			return nil
+		}
+	}
+	return fail(ErrConflict)
+}
+
 // PutEndpoint publishes where the shim of a VM on one host listens. It does
 // nothing where the VM does not exist (any more).
 func (s *Store) PutEndpoint(ctx context.Context, vm string, e shimapi.Endpoint) error {

@@ -149,6 +149,17 @@ func SlotOf(disks []DiskSpec, n int) int {
 	return FirstDiskSlot + n
 }
 
+// PinSlots returns a copy of a list of disks that says of each where it is, so that
+// nothing moves when disks come and go.
+func PinSlots(disks []DiskSpec) []DiskSpec {
+	out := make([]DiskSpec, len(disks))
+	for n, d := range disks {
+		d.Slot = SlotOf(disks, n)
+		out[n] = d
+	}
+	return out
+}
+
 // NICSpec describes one virtual network card.
 type NICSpec struct {
 	ID     string `json:"id"`     // "net0", "net1", …

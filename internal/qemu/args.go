@@ -17,7 +17,7 @@ const (
 	slotGPU    = 0x02
 	slotRNG    = 0x03
 	slotSerial = 0x04
-	slotNIC    = 0x08 // and the following MaxNICs-1
+	slotNIC    = 0x08                // and the following MaxNICs-1
 	slotDisk   = model.FirstDiskSlot // and the following MaxDisks-1
 )
 

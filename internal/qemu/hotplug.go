@@ -104,6 +104,9 @@ func (q *QMP) UnplugDisk(ctx context.Context, m *Machine, id string, limit time.
 		case <-again.C:
 			_ = q.do(ctx, "device_del", del) // refused while one is under way; the event tells
 		case <-late.C:
+			if gone, err := q.unplugged(ctx, id); err == nil && gone {
+				return q.DropDisk(ctx, id)
+			}
 			return fmt.Errorf("unplug disk %s: %w within %v", id, ErrNotReleased, limit)
 		case <-q.done:
 			return q.Err()
@@ -111,6 +114,22 @@ func (q *QMP) UnplugDisk(ctx context.Context, m *Machine, id string, limit time.
 			return ctx.Err()
 		}
 	}
+}
+
+// unplugged reports whether the guest has no such disk any more.
+func (q *QMP) unplugged(ctx context.Context, id string) (bool, error) {
+	var list []struct {
+		Name string `json:"name"`
+	}
+	if err := q.query(ctx, "qom-list", map[string]string{"path": "/machine/peripheral"}, &list); err != nil {
+		return false, err
+	}
+	for _, o := range list {
+		if o.Name == "dev-"+id {
+			return false, nil
+		}
+	}
+	return true, nil
 }
 
 // UnpluggedDisk returns the disk of which a DEVICE_DELETED event tells, or "".

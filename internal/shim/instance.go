@@ -47,6 +47,8 @@ type instance struct {
 	stores   []*blockstore.Store
 	clean    []bool // by disk: its last user had closed it properly
 	vols     []*blockstore.Volume
+	closers  []func() // by disk: closes the store, once
+	hot      hotDisks
 	mirror   *mirror.Source // level ca: the disks as the guest sees them
 	carrier  atomic.Pointer[diskCarrier]
 	watches  map[string]*vfs.Watch // by disk, level ca; guarded by mu
@@ -160,6 +162,12 @@ func (i *instance) mountRAM(ctx context.Context, lock *os.File, helper []string)
 // openDisks opens the replicas, with everything that their journals hold, and
 // serves them by NBD.
 func (i *instance) openDisks(incoming bool) error {
+	i.onClose(func() { // whatever disks it has then
+		i.closeHot()
+		for _, f := range i.closers {
+			f()
+		}
+	})
 	if len(i.cfg.Spec.Disks) == 0 {
 		return nil
 	}
@@ -175,7 +183,8 @@ func (i *instance) openDisks(incoming bool) error {
 		if err != nil {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
-		i.onClose(func() { st.Close() })
+		closeStore := sync.OnceFunc(func() { st.Close() })
+		i.closers = append(i.closers, closeStore)
 		i.stores = append(i.stores, st)
 		i.clean = append(i.clean, st.Meta().Clean)
 		n, err := st.Replay()
@@ -278,7 +287,7 @@ func (i *instance) machine(incoming bool) qemu.Machine {
 		m.MemPath = i.ram.Path()
 	}
 	for n := range m.Disks {
-		m.Disks[n].Socket, m.Disks[n].Export = i.nbdPath(), m.Disks[n].ID
+		m.Disks[n].Socket, m.Disks[n].Export = i.socketOf(m.Disks[n].ID), m.Disks[n].ID
 	}
 	for n := range m.NICs {
 		if m.NICs[n].Tap = i.taps[n]; i.paired() {

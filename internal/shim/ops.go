@@ -25,6 +25,9 @@ func (s *Shim) do(ctx context.Context, op shimapi.Op) (string, error) {
 		if !s.cfg.Spec.Level.HasSecondary() {
 			return "", fmt.Errorf("the VM has level %q; only levels %q and %q have a secondary", s.cfg.Spec.Level, model.LevelCA, model.LevelFT)
 		}
+		if _, changing := s.disksNow(); changing {
+			return "", errDisksChange
+		}
 		if err := s.protectable(ctx); err != nil {
 			return "", err
 		}
@@ -53,6 +56,8 @@ func (s *Shim) do(ctx context.Context, op shimapi.Op) (string, error) {
 		return fmt.Sprintf("epoch %d loads", n), err
 	case "disk-replace":
 		return s.doDisk(op)
+	case "disks":
+		return s.setDisks(ctx, op.Value)
 	case "quit":
 		if s.primary() != nil {
 			return "", errors.New("this shim runs the VM")

@@ -71,6 +71,8 @@ type Shim struct {
 	inst   *instance
 	prim   *primary
 	stby   *standby
+	// changing: the disks of the running guest are being changed.
+	changing bool
 	// startErr is why the memory could not be filled.
 	startErr error
 
@@ -330,6 +332,7 @@ func (s *Shim) Status() shimapi.Status {
 	if inst != nil {
 		st.GuestMS = ms(inst.guestTime())
 	}
+	st.Disks = s.diskStatus()
 	return st
 }
 

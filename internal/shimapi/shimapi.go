@@ -81,7 +81,7 @@ type Status struct {
 	Links      []LinkStatus          `json:"links,omitempty"`
 	Problems   []model.Problem       `json:"problems,omitempty"`
 	GuestMS    float64               `json:"guest_ms"` // guest time run since start, milliseconds, for the clock metric
-	Disks      []DiskStatus          `json:"disks,omitempty"`
+	Disks      []DiskStatus          `json:"disks"`    // of a primary, as QEMU has them; null: not said
 }
 
 // LinkStatus is one A-link as seen by a shim.
@@ -105,7 +105,9 @@ type Op struct {
 	// (of a standby: load its newest state in a scratch QEMU now; with Value
 	// "next" the one after the last that was tried so, which holds the primary
 	// back meanwhile), "disk-replace" (of a primary of level ca: make the failed
-	// replica of the disk with the id Value anew here and fill it from the secondary's).
+	// replica of the disk with the id Value anew here and fill it from the secondary's),
+	// "disks" (of a primary without a secondary; Value: SetDisks as JSON: make the
+	// guest's disks so, by hot-plug).
 	Op    string `json:"op"`
 	Host  string `json:"host,omitempty"`
 	Force bool   `json:"force,omitempty"`
@@ -157,4 +159,10 @@ type ReadResult struct {
 type DiskStatus struct {
 	model.DiskSpec
 	Missing int64 `json:"missing"` // bytes that the peer may lack, by the bitmap
+}
+
+// SetDisks is the Value, as JSON, of the operation "disks": the disks that the
+// running guest shall have, all of them, each with its slot.
+type SetDisks struct {
+	Disks []model.DiskSpec `json:"disks"`
 }
