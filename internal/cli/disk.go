@@ -212,7 +212,7 @@ func (a *app) replicaFields(f *fields, r api.DiskReplica) {
 	f.put("  metadata", own)
 	f.put("  line", r.Line)
 	f.put("  checksums", r.Checksums)
-	f.put("  activity log", api.FormatSize(r.ActiveLog)+" to compare after a crash")
+	f.put("  log", api.FormatSize(r.ActiveLog)+" in the activity log: compared after a crash")
 	f.put("  bitmap", api.FormatSize(r.Missing)+" that the peer lacks")
 	if r.JournalLen > 0 {
 		f.put("  journal", api.FormatSize(r.JournalLen))
