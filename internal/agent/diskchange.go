@@ -501,15 +501,37 @@ func (a *Agent) changeSpec(ctx context.Context, vm string, f func(model.VMSpec, 
 		if !errors.Is(err, clusterstore.ErrUnavailable) {
 			a.statuses.drop(vm)
 			if err != nil {
-				err = refusal(vm, storeError(vm, err))
+				return true, refusal(vm, storeError(vm, err))
 			}
-			return true, err
+			a.awaitSpec(ctx, vm)
+			return true, nil
 		}
 		if !sleep(ctx, 500*time.Millisecond) {
 			break
 		}
 	}
 	return false, api.Errorf(api.Timeout, "the cluster store did not say whether the disks of VM %q were changed; look at them again (perdure disk list %s): %w", vm, vm, err)
+}
+
+// awaitSpec waits a moment until the copy here has what the store has: who asks
+// after a change is shown it.
+func (a *Agent) awaitSpec(ctx context.Context, vm string) {
+	spec, err := a.store.Spec(ctx, vm)
+	if err != nil {
+		return
+	}
+	late := time.After(time.Second)
+	for {
+		changed := a.store.Changed()
+		if v, ok := a.store.VM(vm); ok && slices.Equal(v.Spec.Disks, spec.Disks) {
+			return
+		}
+		select {
+		case <-changed:
+		case <-late:
+			return
+		}
+	}
 }
 
 // leavePair has the VM go on without its second copy, and waits for that.
@@ -667,11 +689,18 @@ func (a *Agent) resize(ctx context.Context, op *operation, vm, disk string, size
 	if err != nil {
 		return nil // the next start makes the replica fit
 	}
-	if lock, ok, err := tryLock(a.vmFile(vm, shimapi.LockFile)); err == nil && ok { // else the guest has it, larger
+	fit := func(context.Context) error {
+		lock, ok, err := tryLock(a.vmFile(vm, shimapi.LockFile))
+		if err != nil || !ok { // the guest has it, larger
+			return err
+		}
 		defer lock.release()
 		return a.fitReplicas(spec, false)
 	}
-	return nil
+	if w := a.workerOf(vm); w != nil {
+		return w.between(ctx, fit)
+	}
+	return fit(ctx)
 }
 
 // fitReplicas makes the replicas here fit the specification, while nothing of the VM

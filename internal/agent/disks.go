@@ -179,8 +179,12 @@ func (a *Agent) replicasOfVM(ctx context.Context, vm string) hostReplicas {
 		}
 		out.Replicas = append(out.Replicas, hostReplica{id, inspectReplica(dir, id)})
 	}
+
 	sort.Slice(out.Replicas, func(i, j int) bool { return out.Replicas[i].ID < out.Replicas[j].ID })
 	if _, err := os.Stat(a.vmFile(vm, shimapi.SocketFile)); err == nil {
+		for i := range out.Replicas {
+			out.Replicas[i].Damage = nil // what is being written may be seen torn
+		}
 		c := a.shim(vm)
 		defer c.Close()
 		if st, err := c.Status(ctx); err == nil && st.Role == shimapi.RolePrimary {

@@ -66,9 +66,9 @@ func (a *app) diskList(ctx context.Context, c *api.Client, args []string) error 
 		t.head = []string{"VM", "DISK", "SIZE", "USED", "LEVEL", "MODE", "REPLICAS", "CHECKSUMS", "SLOT", "PROBLEM"}
 	}
 	for _, d := range l {
-		row := []cell{text(d.VM), text(d.ID), text(api.FormatSize(d.Size)), text(usedText(d))}
+		row := []cell{{text: d.VM}, {text: d.ID}, {text: api.FormatSize(d.Size)}, {text: usedText(d)}}
 		if wide {
-			row = append(row, text(string(d.Level)), text(string(d.Mode)), replicasCell(d), text(checksumsText(d)), text("%#x", d.Slot), problemCell(d.Problems))
+			row = append(row, cell{text: string(d.Level)}, cell{text: string(d.Mode)}, replicasCell(d), cell{text: checksumsText(d)}, text("%#x", d.Slot), problemCell(d.Problems))
 		} else {
 			row = append(row, replicasCell(d), problemCell(d.Problems))
 		}
@@ -246,7 +246,7 @@ func (a *app) diskStatus(ctx context.Context, c *api.Client, args []string) erro
 		for _, p := range d.Sync {
 			copying = strings.TrimPrefix(copying+"; "+progressText(p), "; ")
 		}
-		t.add(text(d.VM), text(d.ID), text(string(d.Mode)), replicasCell(d), text("%s", behind), text("%s", copying))
+		t.add(cell{text: d.VM}, cell{text: d.ID}, cell{text: string(d.Mode)}, replicasCell(d), cell{text: behind}, cell{text: copying})
 		for _, p := range d.Problems {
 			if key := d.VM + p.Code + p.Text; !seen[key] {
 				seen[key] = true
