@@ -405,6 +405,9 @@ type diskChange struct {
 	plug bool // the specification first, then the guest; else the guest first
 	// outdates: the replicas of other hosts lack something afterwards.
 	outdates bool
+	// after, if set, is called when the specification has changed by a change that is
+	// not plug, before the VM is protected again.
+	after func(ctx context.Context)
 }
 
 // changeDisks carries a change out, of a VM that runs here or is stopped. known is
@@ -415,7 +418,7 @@ func (a *Agent) changeDisks(ctx context.Context, op *operation, vm string, c dis
 		return true, err
 	}
 	if v.Record.Record.Mode == model.ModeStopped {
-		return a.changeSpec(ctx, vm, func(spec model.VMSpec, rec model.Record) (model.VMSpec, model.Record, error) {
+		known, err := a.changeSpec(ctx, vm, func(spec model.VMSpec, rec model.Record) (model.VMSpec, model.Record, error) {
 			if rec.Mode != model.ModeStopped {
 				return spec, rec, api.Errorf(api.Conflict, "VM %q was started meanwhile", vm)
 			}
@@ -432,6 +435,10 @@ func (a *Agent) changeDisks(ctx context.Context, op *operation, vm string, c dis
 			}
 			return spec, rec, nil
 		})
+		if err == nil && c.after != nil {
+			c.after(ctx)
+		}
+		return known, err
 	}
 	w := a.workerOf(vm)
 	if w == nil {
@@ -477,7 +484,11 @@ func (a *Agent) changeDisks(ctx context.Context, op *operation, vm string, c dis
 		if err := a.tellDisks(ctx, vm, list); err != nil {
 			return true, err
 		}
-		return store(from, list)
+		known, err := store(from, list)
+		if err == nil && c.after != nil {
+			c.after(ctx)
+		}
+		return known, err
 	}
 	if known, err := store(from, list); err != nil {
 		return known, err
@@ -621,7 +632,7 @@ func (a *Agent) detach(ctx context.Context, op *operation, vm, disk string, del 
 		}
 		gone = true
 		return slices.Delete(l, n, n+1), nil
-	}})
+	}, after: func(ctx context.Context) { a.dropElsewhere(ctx, vm, disk) }})
 	if err != nil {
 		return err
 	}
@@ -638,6 +649,26 @@ func (a *Agent) detach(ctx context.Context, op *operation, vm, disk string, del 
 		op.say(fmt.Sprintf("its data are kept on host %s as %s (perdure disk attach %s --from %s)", a.cfg.Name, name, vm, name))
 	}
 	return nil
+}
+
+// dropElsewhere has the other hosts remove their replicas of a disk that was detached
+// here. One that does not answer puts its own aside when it is filled the next time.
+func (a *Agent) dropElsewhere(ctx context.Context, vm, disk string) {
+	v, err := a.find(ctx, vm)
+	if err != nil {
+		return
+	}
+	for _, h := range sortedKeys(v.Record.Record.Replicas) {
+		if h == a.cfg.Name {
+			continue
+		}
+		dctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+		err := a.ask(dctx, h, http.MethodPost, "renew-replica", vm, renewReplica{Disk: disk, UUID: v.Spec.UUID, Drop: true}, nil)
+		cancel()
+		if err != nil {
+			a.log.Warn("a replica of a detached disk is left behind", "vm", vm, "disk", disk, "host", h, "error", err)
+		}
+	}
 }
 
 // removeReplica removes this host's replica of a disk that no specification names.
@@ -704,8 +735,9 @@ func (a *Agent) resize(ctx context.Context, op *operation, vm, disk string, size
 }
 
 // fitReplicas makes the replicas here fit the specification, while nothing of the VM
-// lives here: those of disks that became larger grow, those of disks that are gone
-// are removed where sweep says so.
+// lives here: those of disks that became larger grow; with sweep, those of disks that are
+// gone are put aside. Most are not found here any more, as the detaching has them removed; what
+// is may be all that is left of a disk whose detaching broke off.
 func (a *Agent) fitReplicas(spec model.VMSpec, sweep bool) error {
 	dir := a.vmFile(spec.Name, shimapi.DiskDir)
 	for _, d := range spec.Disks {
@@ -739,10 +771,11 @@ func (a *Agent) fitReplicas(spec model.VMSpec, sweep bool) error {
 	for _, e := range entries {
 		id, ok := strings.CutSuffix(e.Name(), ".meta")
 		if ok && diskIndex(spec, id) < 0 {
-			a.log.Info("the replica of a disk that was detached is removed", "vm", spec.Name, "disk", id)
-			if err := blockstore.Remove(vfs.OS{}, dir, id); err != nil {
+			name, err := a.putAside(spec.Name, id)
+			if err != nil {
 				return err
 			}
+			a.log.Warn("the replica of a disk that was detached is put aside", "vm", spec.Name, "disk", id, "as", name)
 		}
 	}
 	return nil
@@ -895,6 +928,7 @@ func (a *Agent) replaceReplica(ctx context.Context, op *operation, v clusterstor
 type renewReplica struct {
 	Disk string `json:"disk"`
 	UUID string `json:"uuid"`
+	Drop bool   `json:"drop,omitempty"` // the disk was detached: remove the replica only
 }
 
 // renewHere gives this host's replica of a disk up, by a record, read linearizably, that
@@ -912,12 +946,18 @@ func (a *Agent) renewHere(ctx context.Context, vm string, req renewReplica) erro
 		rec, me := cur.Record, a.cfg.Name
 		n := diskIndex(spec, req.Disk)
 		switch {
-		case spec.UUID != req.UUID || n < 0:
+		case req.Drop && spec.UUID == req.UUID && n >= 0:
+			return fmt.Errorf("VM %q has disk %q", vm, req.Disk)
+		case spec.UUID != req.UUID || n < 0 && !req.Drop || api.CheckDiskID(req.Disk) != nil:
 			return fmt.Errorf("VM %q has no disk %q", vm, req.Disk)
+		case req.Drop:
 		case rec.Replicas[me].State == model.UpToDate:
 			return fmt.Errorf("the replica of VM %q on host %s is UpToDate", vm, me)
 		case rec.Mode != model.ModeStopped && (rec.Primary.Host == me || rec.Secondary.Host == me):
 			return fmt.Errorf("host %s has a place in the record of VM %q", me, vm)
+		}
+		if own, err := os.ReadFile(filepath.Join(a.cfg.VMDir(vm), uuidFile)); req.Drop && (err != nil || string(own) != req.UUID) {
+			return nil // nothing of that VM is here
 		}
 		if err := a.ownDir(spec); err != nil {
 			return err
@@ -931,7 +971,7 @@ func (a *Agent) renewHere(ctx context.Context, vm string, req renewReplica) erro
 		}
 		defer lock.release()
 		dir := a.vmFile(vm, shimapi.DiskDir)
-		if err := blockstore.Remove(vfs.OS{}, dir, req.Disk); err != nil {
+		if err := blockstore.Remove(vfs.OS{}, dir, req.Disk); err != nil || req.Drop {
 			return err
 		}
 		return blockstore.Create(vfs.OS{}, dir, blockstore.Params{ID: req.Disk, VM: spec.UUID, Size: spec.Disks[n].Size, Term: rec.Term, Branch: rec.Branch, State: model.Inconsistent})

@@ -7,7 +7,7 @@ import (
 // TestChangeOfDisks: disks come and go while there is no peer; a peer then sees them under
 // the numbers that both sides have.
 func TestChangeOfDisks(t *testing.T) {
-	a, b, c := newMem(1 << 20), newMem(1 << 20), newMem(1 << 20)
+	a, b, c := newMem(1<<20), newMem(1<<20), newMem(1<<20)
 	s := NewSource([]Replica{a, b})
 	e, err := s.Add(c)
 	if err != nil || s.Export(2) != e {

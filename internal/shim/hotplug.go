@@ -352,7 +352,7 @@ func (p *primary) plug(ctx context.Context, d model.DiskSpec) (err error) {
 	i.setHot(d.ID, &h)
 	p.swapDisks(func() {
 		i.stores, i.clean, i.vols = append(slices.Clone(i.stores), st), append(slices.Clone(i.clean), clean), append(slices.Clone(i.vols), v)
-		i.closers = append(i.closers, closeStore)
+		i.closers = append(slices.Clone(i.closers), closeStore)
 		p.disks.list = append(p.disks.list, k)
 		s.cfg.Spec.Disks = append(model.PinSlots(s.cfg.Spec.Disks), d)
 		i.cfg.Spec.Disks = s.cfg.Spec.Disks
@@ -370,6 +370,8 @@ func (p *primary) swapDisks(f func()) {
 	defer p.s.mu.Unlock()
 	p.disks.mu.Lock()
 	defer p.disks.mu.Unlock()
+	p.inst.mu.Lock()
+	defer p.inst.mu.Unlock()
 	f()
 }
 
@@ -550,7 +552,7 @@ func (p *primary) exchange(n int, d model.DiskSpec) error {
 		}
 		i.setHot(d.ID, &h)
 		p.swapDisks(func() {
-			i.stores, i.vols = slices.Clone(i.stores), slices.Clone(i.vols)
+			i.stores, i.vols, i.closers = slices.Clone(i.stores), slices.Clone(i.vols), slices.Clone(i.closers)
 			i.stores[n], i.vols[n], i.closers[n] = st, v, closeStore
 			k := &p.disks.list[n]
 			k.store = st

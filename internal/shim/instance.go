@@ -164,7 +164,10 @@ func (i *instance) mountRAM(ctx context.Context, lock *os.File, helper []string)
 func (i *instance) openDisks(incoming bool) error {
 	i.onClose(func() { // whatever disks it has then
 		i.closeHot()
-		for _, f := range i.closers {
+		i.mu.Lock()
+		closers := i.closers
+		i.mu.Unlock()
+		for _, f := range closers {
 			f()
 		}
 	})

@@ -104,9 +104,13 @@ func hotplug(t *testing.T, nbd string, modern bool) {
 }
 
 func TestNoHotplugOnQ35(t *testing.T) {
+	nbd := testenv.Tool(t, "qemu-nbd")
 	ctx := qemutest.Context(t)
 	m := qemutest.Machine(t, "")
+	m.Disks = []qemu.Disk{disk(t, nbd, filepath.Dir(m.QMPPath), "disk1", 0x11)}
 	g := qemutest.Start(t, m)
+	// Another size needs no hot-plug.
+	check(t, g.Q.SwapDisk(ctx, disk(t, nbd, g.Dir, "disk1", 0x11), 16<<20))
 	if err := g.Q.PlugDisk(ctx, &m, qemu.Disk{ID: "disk0", Socket: "/x", Slot: 0x10}); !errors.Is(err, qemu.ErrNoHotplug) {
 		t.Error(err)
 	}
