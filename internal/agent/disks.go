@@ -77,7 +77,7 @@ func (a *Agent) disksOf(ctx context.Context, v clusterstore.VMView) []api.VMDisk
 				k.Behind = behind(vm.Mode, answers[i].Live, d.ID)
 			}
 		}
-		k.Problems = diskProblems(vm.Problems, k)
+		k.Problems = problemsOfDisk(vm.Problems, k)
 		out = append(out, k)
 	}
 	return out
@@ -112,8 +112,8 @@ func behind(mode model.Mode, live []shimapi.DiskStatus, id string) int64 {
 	return -1
 }
 
-// diskProblems are the VM's problems that concern a disk, and those of its replicas.
-func diskProblems(of []model.Problem, d api.VMDisk) []model.Problem {
+// problemsOfDisk are the VM's problems that concern a disk, and those of its replicas.
+func problemsOfDisk(of []model.Problem, d api.VMDisk) []model.Problem {
 	out := []model.Problem{}
 	for _, p := range of {
 		switch p.Code {

@@ -15,8 +15,8 @@ func (s *Source) Add(r Replica) (*Export, error) {
 	if s.link.Load() != nil {
 		return nil, errJoined
 	}
-	e := &Export{s: s, n: len(s.exports), r: r}
-	s.exports = append(slices.Clone(s.exports), e)
+	e := s.newExport(len(s.disks()), r)
+	s.set(append(slices.Clone(s.disks()), e))
 	return e, nil
 }
 
@@ -28,10 +28,7 @@ func (s *Source) Remove(n int) error {
 	if s.link.Load() != nil {
 		return errJoined
 	}
-	s.exports = slices.Delete(slices.Clone(s.exports), n, n+1)
-	for i, e := range s.exports {
-		e.n = i
-	}
+	s.set(slices.Delete(slices.Clone(s.disks()), n, n+1))
 	return nil
 }
 
@@ -43,8 +40,19 @@ func (s *Source) Replace(n int, r Replica) (*Export, error) {
 	if s.link.Load() != nil {
 		return nil, errJoined
 	}
-	e := &Export{s: s, n: n, r: r}
-	s.exports = slices.Clone(s.exports)
-	s.exports[n] = e
+	e := s.newExport(n, r)
+	list := slices.Clone(s.disks())
+	list[n] = e
+	s.set(list)
 	return e, nil
+}
+
+// set puts another list of disks in force, numbered anew. gate is held: nothing is under way.
+func (s *Source) set(list []*Export) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i, e := range list {
+		e.n.Store(int64(i))
+	}
+	s.exports.Store(&list)
 }

@@ -16,8 +16,8 @@ func TestChangeOfDisks(t *testing.T) {
 	if err := s.Remove(0); err != nil {
 		t.Fatal(err)
 	}
-	if s.Export(1) != e || e.n != 1 || s.Export(0).n != 0 || len(s.exports) != 2 {
-		t.Errorf("numbers after a removal: %d %d", s.Export(0).n, e.n)
+	if s.Export(1) != e || e.n.Load() != 1 || s.Export(0).n.Load() != 0 || len(s.disks()) != 2 {
+		t.Errorf("numbers after a removal: %d %d", s.Export(0).n.Load(), e.n.Load())
 	}
 	big := newMem(2 << 20)
 	e, err = s.Replace(1, big)

@@ -60,9 +60,10 @@ func (i *instance) serveHot(id string, b nbd.Backend) (hotDisk, error) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
+	cut := i.nbdCut()
 	go func() {
 		defer close(done)
-		if err := nbd.Serve(ctx, ln, map[string]nbd.Backend{id: b}, nbd.Options{}); err != nil && ctx.Err() == nil {
+		if err := nbd.Serve(ctx, ln, map[string]nbd.Backend{id: b}, nbd.Options{Cut: cut}); err != nil && ctx.Err() == nil {
 			i.log.Error("disk server ended", "disk", id, "error", err)
 		}
 	}()
@@ -116,12 +117,12 @@ func (s *Shim) diskStatus() []shimapi.DiskStatus {
 		return nil
 	}
 	out := []shimapi.DiskStatus{}
-	for n, d := range s.cfg.Spec.Disks {
-		if n >= len(s.inst.stores) {
+	stores := s.inst.storeList()
+	for n, d := range model.PinSlots(s.cfg.Spec.Disks) {
+		if n >= len(stores) {
 			break
 		}
-		d.Slot = model.SlotOf(s.cfg.Spec.Disks, n)
-		st := s.inst.stores[n]
+		st := stores[n]
 		out = append(out, shimapi.DiskStatus{DiskSpec: d, Missing: min(st.MissingCount()*blockstore.ChunkSize, st.Size())})
 	}
 	return out
@@ -190,7 +191,7 @@ func (p *primary) aloneNow(ctx context.Context) error {
 		p.s.mu.Lock()
 		mode := p.s.mode.Mode
 		p.s.mu.Unlock()
-		if p.pair != nil || p.held || p.mirrored || mode != model.ModeSimplex {
+		if p.pair != nil || p.held || p.mirrored || p.carries() || mode != model.ModeSimplex {
 			return fmt.Errorf("the VM is %s: its disks are changed while it runs without a second copy only", mode)
 		}
 		if p.isOff() {
@@ -272,7 +273,7 @@ func (p *primary) carryOut(ctx context.Context, step diskStep) (string, error) {
 // openReplica opens this host's replica of a disk, whole and of the size that the
 // disk has.
 func (p *primary) openReplica(d model.DiskSpec) (*blockstore.Store, error) {
-	st, err := blockstore.Open(vfs.OS{}, filepath.Join(p.inst.cfg.Dir, shimapi.DiskDir), d.ID, blockstore.Options{})
+	st, err := blockstore.Open(p.inst.diskFS(d.ID), filepath.Join(p.inst.cfg.Dir, shimapi.DiskDir), d.ID, blockstore.Options{})
 	if err != nil {
 		return nil, fmt.Errorf("disk %s: %w", d.ID, err)
 	}
@@ -336,6 +337,7 @@ func (p *primary) plug(ctx context.Context, d model.DiskSpec) (err error) {
 			return err
 		}
 		backend = e
+		v.SetFetch(e.Fetch)
 		undo = append(undo, func() { i.mirror.Remove(len(i.vols)) }) //nolint:errcheck // it was the last, and there is no peer
 	}
 	h, err := i.serveHot(d.ID, backend)
@@ -419,6 +421,7 @@ func (p *primary) unplug(ctx context.Context, id string) error {
 func (p *primary) dropDisk(id string) error {
 	i, s := p.inst, p.s
 	var closeStore func()
+	var st *blockstore.Store
 	var err error
 	p.swapDisks(func() {
 		n := slices.IndexFunc(s.cfg.Spec.Disks, func(d model.DiskSpec) bool { return d.ID == id })
@@ -430,7 +433,8 @@ func (p *primary) dropDisk(id string) error {
 				return
 			}
 		}
-		closeStore = i.closers[n]
+		closeStore, st = i.closers[n], i.stores[n]
+		delete(i.watches, id)
 		i.stores, i.clean, i.vols = without(i.stores, n), without(i.clean, n), without(i.vols, n)
 		i.closers, p.disks.list = without(i.closers, n), without(p.disks.list, n)
 		s.cfg.Spec.Disks = without(model.PinSlots(s.cfg.Spec.Disks), n)
@@ -441,7 +445,24 @@ func (p *primary) dropDisk(id string) error {
 	}
 	i.setHot(id, nil)
 	closeStore()
+	i.closeRenewed(st)
 	return nil
+}
+
+// closeRenewed closes a replica that took the place of the one that the disk was opened with, see carry.go.
+func (i *instance) closeRenewed(st *blockstore.Store) {
+	i.mu.Lock()
+	n := slices.Index(i.fresh, st)
+	if n >= 0 {
+		i.fresh = slices.Delete(i.fresh, n, n+1)
+	}
+	i.mu.Unlock()
+	if n < 0 {
+		return
+	}
+	if err := st.Close(); err != nil {
+		i.log.Error("close a replica", "error", err)
+	}
 }
 
 func without[T any](l []T, n int) []T { return slices.Delete(slices.Clone(l), n, n+1) }
@@ -486,7 +507,7 @@ func (p *primary) growDisk(ctx context.Context, d model.DiskSpec) error {
 	n := slices.IndexFunc(s.cfg.Spec.Disks, func(x model.DiskSpec) bool { return x.ID == d.ID })
 	var st *blockstore.Store
 	if n >= 0 {
-		st = p.inst.stores[n]
+		st = p.inst.store(n)
 	}
 	s.mu.Unlock()
 	if st == nil {
@@ -515,7 +536,9 @@ func (p *primary) exchange(n int, d model.DiskSpec) error {
 	i, s := p.inst, p.s
 	dir := filepath.Join(i.cfg.Dir, shimapi.DiskDir)
 	now := s.cfg.Spec.Disks[n]
+	old := i.store(n)
 	i.closers[n]()
+	i.closeRenewed(old)
 	grown := blockstore.Grow(vfs.OS{}, dir, d.ID, d.Size)
 	if grown == nil {
 		now.Size = d.Size
@@ -539,6 +562,7 @@ func (p *primary) exchange(n int, d model.DiskSpec) error {
 				return errors.Join(err, st.Close())
 			}
 			backend = e
+			v.SetFetch(e.Fetch)
 		}
 		h, err := i.serveHot(d.ID, backend)
 		if err != nil {
