@@ -21,7 +21,7 @@ const (
 	MinDisk     = MiB
 	MaxDisk     = int64(64) << 40
 	DiskGrain   = int64(4096)
-	MaxDisks    = 16
+	MaxDisks    = model.DiskSlots
 	MaxNICs     = 8
 	MaxName     = 40 // of a VM; bounds the length of Unix socket paths below the state directory
 	MaxHostName = 63

@@ -50,6 +50,7 @@ type fake struct {
 	over     bool
 	level    model.Level
 	change   *shimapi.LevelChange
+	disks    []model.DiskSpec // of the guest
 }
 
 func fakeShim(dir string) error {
@@ -71,6 +72,7 @@ func fakeShim(dir string) error {
 	if err := syscall.Flock(int(f.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		return fmt.Errorf("run lock: %w", err)
 	}
+	f.disks = model.PinSlots(f.cfg.Spec.Disks)
 	f.agent = shimapi.NewAgentClient(f.cfg.AgentSocket, f.cfg.Spec.Name)
 	sock := filepath.Join(dir, shimapi.SocketFile)
 	os.Remove(sock)
@@ -222,6 +224,10 @@ func (f *fake) status() shimapi.Status {
 	case f.run == "":
 	case rec.Primary.Run == f.run:
 		st.Role, st.State = shimapi.RolePrimary, model.StateRunning
+		st.Disks = []shimapi.DiskStatus{}
+		for _, d := range f.disks {
+			st.Disks = append(st.Disks, shimapi.DiskStatus{DiskSpec: d})
+		}
 		if rec.Wanted == model.WantPaused {
 			st.State = model.StatePaused
 		}
@@ -321,6 +327,19 @@ func (f *fake) op(op shimapi.Op) error {
 		defer o.Close()
 		_, err = fmt.Fprintln(o, op.Value)
 		return err
+	case "disks":
+		var want shimapi.SetDisks
+		if err := json.Unmarshal([]byte(op.Value), &want); err != nil {
+			return err
+		}
+		if rec.Mode != model.ModeSimplex {
+			return fmt.Errorf("the VM is %s", rec.Mode)
+		}
+		if exists(filepath.Join(f.cfg.Dir, "refuse-disks")) {
+			return fmt.Errorf("the guest does not want to")
+		}
+		f.disks = want.Disks
+		return nil
 	}
 	return fmt.Errorf("unknown operation %q", op.Op)
 }

@@ -42,7 +42,7 @@ func (o *operations) begin(kind, vm string, f func(ctx context.Context, op *oper
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if id := o.vms[vm]; id != "" {
-		return api.Operation{}, api.Errorf(api.Conflict, "VM %q is just being made (operation %s)", vm, id)
+		return api.Operation{}, api.Errorf(api.Conflict, "something else is being done with VM %q just now (operation %s)", vm, id)
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	op := &operation{cancel: cancel, op: api.Operation{ID: o.host + "-" + randomID(6), Kind: kind, VM: vm, Host: o.host,

@@ -184,6 +184,17 @@ func (a *Agent) peerHandler() http.Handler {
 	mux.HandleFunc("POST /agent/v1/discard", a.vmCall(func(ctx context.Context, vm string, _ *http.Request) (any, error) {
 		return struct{}{}, a.discardHere(ctx, vm)
 	}))
+	mux.HandleFunc("GET /agent/v1/disks", a.vmCall(func(ctx context.Context, vm string, _ *http.Request) (any, error) {
+		h := a.replicasOfVM(ctx, vm)
+		return h, h.err
+	}))
+	mux.HandleFunc("POST /agent/v1/renew-replica", a.vmCall(func(ctx context.Context, vm string, r *http.Request) (any, error) {
+		var req renewReplica
+		if err := json.NewDecoder(io.LimitReader(r.Body, 4096)).Decode(&req); err != nil {
+			return nil, err
+		}
+		return struct{}{}, a.renewHere(ctx, vm, req)
+	}))
 	mux.HandleFunc("POST /agent/v1/forget", a.vmCall(func(ctx context.Context, vm string, r *http.Request) (any, error) {
 		var f forget
 		if err := json.NewDecoder(io.LimitReader(r.Body, 4096)).Decode(&f); err != nil {

@@ -134,6 +134,8 @@ type worker struct {
 	mu   sync.Mutex
 	seen local
 	note map[string]model.Problem // named problems of this host's share, by code
+	// disksHeld: an operation changes the disks, see holdDisks.
+	disksHeld bool
 
 	// Owned by the worker's goroutine.
 	child        procID // the shim that this agent started and has to reap
@@ -146,6 +148,7 @@ type worker struct {
 	lockedSince  time.Time
 	disk         diskStart
 	prot         protection
+	disksNext    time.Time // when settling the disks is tried again
 	surv         survivorState
 	nextVerify   time.Time // when it is looked whether a verify is due
 	levelSeen    levelSeen
@@ -345,8 +348,10 @@ func (w *worker) shimLives(ctx context.Context, v clusterstore.VMView, named boo
 		if w.level(ctx, v) {
 			return // its level is being changed
 		}
-		w.protect(ctx, v)
-		w.scheduleVerify(ctx, v)
+		if !w.settleDisks(ctx, v) {
+			w.protect(ctx, v)
+			w.scheduleVerify(ctx, v)
+		}
 	}
 }
 

@@ -37,6 +37,10 @@ func (w *worker) start(ctx context.Context, v clusterstore.VMView) {
 	w.see(l)
 	defer func() { w.see(w.survey()) }()
 	rec := v.Record.Record
+	// The copy here may be older than the last change of the disks.
+	if spec, err := w.a.store.Spec(ctx, w.vm); err == nil {
+		v.Spec = spec
+	}
 	err := w.a.ready(ctx, v.Spec, rec)
 	if err == nil {
 		err = w.launch(v.Spec)
@@ -131,6 +135,9 @@ func (a *Agent) moveAside(vm, uuid string) error {
 // replicas makes the replicas of a secondary that are not there yet, empty and
 // marked Inconsistent. A primary's must exist: nothing is made in their place.
 func (a *Agent) replicas(spec model.VMSpec, rec model.Record, secondary bool) error {
+	if err := a.fitReplicas(spec, secondary); err != nil {
+		return err
+	}
 	dir := a.vmFile(spec.Name, shimapi.DiskDir)
 	for _, d := range spec.Disks {
 		ok, err := blockstore.Exists(vfs.OS{}, dir, d.ID)

@@ -144,6 +144,36 @@ func SetLevel(rec model.Record, l model.Level) (model.Record, error) {
 	return n, nil
 }
 
+// Outdate records that the replica of host lacks something: a disk that it has no
+// copy of, or one that is made anew. Another replica must be UpToDate. The term
+// stays. It is for a VM that is stopped or runs alone, on another host.
+func Outdate(rec model.Record, host string) (model.Record, error) {
+	r, ok := rec.Replicas[host]
+	switch {
+	case rec.Mode != model.ModeStopped && rec.Mode != model.ModeSimplex:
+		return rec, fmt.Errorf("outdate the replica of %s: %w: %s", host, ErrMode, rec.Mode)
+	case rec.Mode == model.ModeSimplex && rec.Primary.Host == host:
+		return rec, fmt.Errorf("outdate the replica of %s: %w: the VM runs from it", host, ErrSeat)
+	case !ok:
+		return rec, fmt.Errorf("outdate the replica of %s: %w: there is none", host, ErrReplica)
+	}
+	other := false
+	for h, o := range rec.Replicas {
+		other = other || h != host && o.State == model.UpToDate
+	}
+	if r.State != model.UpToDate {
+		return rec, nil
+	}
+	if !other {
+		return rec, fmt.Errorf("outdate the replica of %s: %w: it is the only UpToDate one", host, ErrReplica)
+	}
+	n := rec.Clone()
+	r.State = model.Outdated
+	n.Replicas[host] = r
+	n.Reason = "replica of " + host + " outdated"
+	return n, nil
+}
+
 // Discard forgets the replica of host, which a person gave up (say, the old
 // branch after a forced takeover): from then on host may be filled anew. The
 // term stays. A seat's or an UpToDate replica is refused.

@@ -127,6 +127,10 @@ func TestTransitions(t *testing.T) {
 		{"force from disk", "simplex", func(r model.Record) (model.Record, error) { return Force(r, "b", "", "x") }, nil, model.ModeStarting},
 		{"force without a branch", "simplex", func(r model.Record) (model.Record, error) { return Force(r, "b", "", "") }, ErrBranch, ""},
 		{"force from half a copy", "syncing", func(r model.Record) (model.Record, error) { return Force(r, "b", "", "x") }, ErrReplica, ""},
+		{"outdate what runs", "simplex", func(r model.Record) (model.Record, error) { return Outdate(r, "a") }, ErrSeat, ""},
+		{"outdate in a pair", "duplex", func(r model.Record) (model.Record, error) { return Outdate(r, "b") }, ErrMode, ""},
+		{"outdate what is old", "simplex", func(r model.Record) (model.Record, error) { return Outdate(r, "b") }, nil, model.ModeSimplex},
+		{"outdate nobody's", "simplex", func(r model.Record) (model.Record, error) { return Outdate(r, "z") }, ErrReplica, ""},
 		{"discard in use", "duplex", func(r model.Record) (model.Record, error) { return Discard(r, "b") }, ErrReplica, ""},
 		{"discard old", "simplex", func(r model.Record) (model.Record, error) { return Discard(r, "b") }, nil, model.ModeSimplex},
 		{"wanted paused", "duplex", func(r model.Record) (model.Record, error) { return SetWanted(r, model.WantPaused) }, nil, model.ModeDuplex},
@@ -241,5 +245,21 @@ func TestDeleted(t *testing.T) {
 		if acts := s.Step(EvPeerLost{}); acts != nil {
 			t.Errorf("%s after its end: %v", hostNames[h], acts)
 		}
+	}
+}
+
+func TestOutdate(t *testing.T) {
+	r := model.Record{VM: "v", Term: 4, Mode: model.ModeStopped, Level: model.LevelFT, Wanted: model.WantStopped, Primary: model.Seat{Host: "a"},
+		Replicas: map[string]model.Replica{"a": {State: model.UpToDate, Term: 4}, "b": {State: model.UpToDate, Term: 4}}}
+	n, err := Outdate(r, "b")
+	if err != nil || n.Replicas["b"].State != model.Outdated || n.Replicas["a"].State != model.UpToDate || n.Term != 4 || r.Replicas["b"].State != model.UpToDate {
+		t.Errorf("%+v, %v", n, err)
+	}
+	if err := Validate(n); err != nil {
+		t.Error(err)
+	}
+	// The last good one stays good.
+	if m, err := Outdate(n, "a"); !errors.Is(err, ErrReplica) {
+		t.Errorf("%+v, %v", m, err)
 	}
 }

@@ -19,7 +19,7 @@ func (a *app) vmCommand() *cobra.Command {
 		&cobra.Command{Use: "list", Aliases: []string{"ls"}, Short: "List the VMs", Args: args(), RunE: a.call(a.vmList)},
 		a.named("show", "Show one VM: what is wrong first", a.vmShow),
 		a.vmStartCommand(), a.vmStopCommand(), a.vmKillCommand(), a.vmDeleteCommand(), a.vmPauseCommand(), a.vmResumeCommand(),
-		a.vmProtectCommand(), a.vmLevelCommand(), a.vmSwitchoverCommand(), a.vmTakeoverCommand(), a.vmEventsCommand(), a.vmWaitCommand(), a.vmConsoleCommand())
+		a.vmProtectCommand(), a.vmLevelCommand(), a.vmSwitchoverCommand(), a.vmTakeoverCommand(), a.vmEventsCommand(), a.vmWaitCommand(), a.vmConsoleCommand(), a.vmDiskCommand())
 	return c
 }
 

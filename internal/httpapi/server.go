@@ -82,6 +82,7 @@ func New(o Options) *Server {
 	s.registerCluster(h)
 	s.registerVMs(h)
 	s.registerRepair(h)
+	s.registerDisks(h)
 	s.registerTransfers(h)
 	s.registerStreams(h, mux)
 	delete(s.spec.Components.Schemas.Map(), "ErrorModel") // never sent, see toProblem

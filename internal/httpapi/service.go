@@ -20,6 +20,7 @@ type Service interface {
 	ClusterService
 	VMService
 	RepairService
+	DiskService
 	TransferService
 }
 

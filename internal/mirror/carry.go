@@ -71,7 +71,7 @@ func (s *Source) mayCarry() <-chan struct{} {
 
 // Carried lists the disks that have no whole replica on this side.
 func (s *Source) Carried() (disks []int) {
-	for n, e := range s.exports {
+	for n, e := range s.disks() {
 		if !e.local.Load().reads {
 			disks = append(disks, n)
 		}
@@ -91,7 +91,7 @@ func (e *Export) lose(l *local, err error) bool {
 		return false
 	case errors.Is(err, ErrUnreadable), errors.Is(err, errNoPeer):
 		return false // giving this replica up would help nobody
-	case l.reads && !s.owner.Lost(e.n, err):
+	case l.reads && !s.owner.Lost(int(e.n.Load()), err):
 		return false
 	}
 	e.local.Store(&local{err: err, was: l.r})
@@ -101,7 +101,7 @@ func (e *Export) lose(l *local, err error) bool {
 // GiveUp gives the replica of a disk up that does not answer any more. What waits
 // for it waits on, but what comes from now on does not wait for that.
 func (s *Source) GiveUp(n int, err error) bool {
-	e := s.exports[n]
+	e := s.disks()[n]
 	l := e.local.Load()
 	if l.r == nil || !e.lose(l, err) {
 		return false
@@ -117,7 +117,7 @@ func (s *Source) restore() {
 		return
 	default:
 	}
-	for _, e := range s.exports {
+	for _, e := range s.disks() {
 		if l := e.local.Load(); l.r == nil {
 			e.local.Store(&local{r: l.was, reads: true})
 		}
@@ -184,7 +184,7 @@ func (e *Export) readPeer(ctx context.Context, p []byte, off int64) error {
 	}()
 	for len(p) > 0 {
 		n := min(len(p), maxPiece)
-		asked = append(asked, l.begin(head{Op: opRead, Disk: uint32(e.n), Off: off, Len: int64(n)}, nil, p[:n]))
+		asked = append(asked, l.begin(head{Op: opRead, Disk: uint32(e.n.Load()), Off: off, Len: int64(n)}, nil, p[:n]))
 		p, off = p[n:], off+int64(n)
 	}
 	for _, a := range asked {

@@ -91,8 +91,8 @@ type Source struct {
 	// gate is held shared by each change from start to end, and exclusively by
 	// Join, so that a change is either before it or goes to both sides.
 	gate    sync.RWMutex
-	link    atomic.Pointer[link] // nil: alone
-	exports []*Export
+	link    atomic.Pointer[link]      // nil: alone
+	exports atomic.Pointer[[]*Export] // changed under gate and mu, see Add
 	closed  chan struct{}
 	once    sync.Once
 	owner   Owner
@@ -105,22 +105,27 @@ type Source struct {
 // them only.
 func NewSource(replicas []Replica) *Source {
 	s := &Source{closed: make(chan struct{}), carry: make(chan struct{})}
+	exports := make([]*Export, 0, len(replicas))
 	for n, r := range replicas {
-		s.exports = append(s.exports, s.newExport(n, r))
+		exports = append(exports, s.newExport(n, r))
 	}
+	s.exports.Store(&exports)
 	return s
 }
 
 // newExport is disk n with a whole replica on this side.
 func (s *Source) newExport(n int, r Replica) *Export {
-	e := &Export{s: s, n: n, size: r.Size()}
+	e := &Export{s: s, size: r.Size()}
+	e.n.Store(int64(n))
 	e.local.Store(&local{r: r, reads: true})
 	e.overlap.Store(new(ranges))
 	return e
 }
 
 // Export is disk n as the guest sees it.
-func (s *Source) Export(n int) *Export { return s.exports[n] }
+func (s *Source) Export(n int) *Export { return s.disks()[n] }
+
+func (s *Source) disks() []*Export { return *s.exports.Load() }
 
 // Join has every change from now on go to the peer too. rest runs before the
 // first of them, while no change is under way: it puts into the same stream
@@ -275,6 +280,7 @@ func (e *Export) change(ctx context.Context, h head, data []byte, do func(Replic
 		}
 		return do(here.r)
 	}
+	h.Disk = uint32(e.n.Load()) // now, under the gate: the number may have changed before there was a peer
 	if h.Op != opFlush {
 		o := e.overlap.Load()
 		held := o.lock(h.Off, h.Off+h.Len)
@@ -295,7 +301,7 @@ func (e *Export) change(ctx context.Context, h head, data []byte, do func(Replic
 // Export is one disk of a Source; it implements nbd.Backend, nbd.Allocator and nbd.Waiter.
 type Export struct {
 	s       *Source
-	n       int
+	n       atomic.Int64 // number of the disk; it does not change while there is a peer
 	size    int64
 	local   atomic.Pointer[local]
 	overlap atomic.Pointer[ranges]
@@ -310,19 +316,19 @@ func (e *Export) Waits() bool { return e.s.Joined() }
 
 // WriteAt writes p on both sides, with fua durably.
 func (e *Export) WriteAt(ctx context.Context, p []byte, off int64, fua bool) error {
-	h := head{Op: opWrite, Disk: uint32(e.n), Off: off, Len: int64(len(p)), Flags: flagIf(fua, flagFUA)}
+	h := head{Op: opWrite, Off: off, Len: int64(len(p)), Flags: flagIf(fua, flagFUA)}
 	return e.change(ctx, h, p, func(r Replica) error { return r.WriteAt(ctx, p, off, fua) })
 }
 
 // Zero makes a range read as zeroes on both sides; punch gives the space back.
 func (e *Export) Zero(ctx context.Context, off, n int64, fua, punch bool) error {
-	h := head{Op: opZero, Disk: uint32(e.n), Off: off, Len: n, Flags: flagIf(fua, flagFUA) | flagIf(punch, flagPunch)}
+	h := head{Op: opZero, Off: off, Len: n, Flags: flagIf(fua, flagFUA) | flagIf(punch, flagPunch)}
 	return e.change(ctx, h, nil, func(r Replica) error { return r.Zero(ctx, off, n, fua, punch) })
 }
 
 // Flush makes everything durable on both sides that was answered before.
 func (e *Export) Flush(ctx context.Context) error {
-	return e.change(ctx, head{Op: opFlush, Disk: uint32(e.n)}, nil, func(r Replica) error { return r.Flush(ctx) })
+	return e.change(ctx, head{Op: opFlush}, nil, func(r Replica) error { return r.Flush(ctx) })
 }
 
 func flagIf(on bool, f uint8) uint8 {

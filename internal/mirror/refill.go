@@ -28,10 +28,10 @@ var ErrNotCarried = errors.New("the disk is not carried by the peer")
 //
 // progress is called now and then with how much was copied, in bytes.
 func (s *Source) Refill(ctx context.Context, n int, r Replica, progress func(done int64), whole func() error) (err error) {
-	if n < 0 || n >= len(s.exports) {
-		return fmt.Errorf("refill disk %d, there are %d", n, len(s.exports))
+	if n < 0 || n >= len(s.disks()) {
+		return fmt.Errorf("refill disk %d, there are %d", n, len(s.disks()))
 	}
-	e := s.exports[n]
+	e := s.disks()[n]
 	if r.Size() != e.Size() {
 		return fmt.Errorf("refill a disk of %d bytes with a replica of %d", e.Size(), r.Size())
 	}

@@ -4,7 +4,7 @@ package mirror
 // returns its error; changes in the range wait meanwhile, so f should be short.
 // What f finds equal or different on the two sides is so.
 func (s *Source) Still(n int, off, length int64, f func() error) error {
-	o := s.exports[n].overlap.Load()
+	o := s.Export(n).overlap.Load()
 	e := o.lock(off, off+length)
 	defer o.unlock(e)
 	return f()

@@ -129,6 +129,35 @@ type Versioned struct {
 type DiskSpec struct {
 	ID   string `json:"id"`   // "disk0", "disk1", …
 	Size int64  `json:"size"` // bytes, a multiple of 4096
+	// Slot is the disk's PCI slot, FirstDiskSlot and the following DiskSlots-1. 0:
+	// that of its place in the list, which holds as long as no disk was added or
+	// taken away. The guest sees it, and saved device state fits to it only.
+	Slot int `json:"slot,omitempty"`
+}
+
+// The PCI slots of disks.
+const (
+	FirstDiskSlot = 0x10
+	DiskSlots     = 14
+)
+
+// SlotOf returns the PCI slot of disk n of a list.
+func SlotOf(disks []DiskSpec, n int) int {
+	if disks[n].Slot != 0 {
+		return disks[n].Slot
+	}
+	return FirstDiskSlot + n
+}
+
+// PinSlots returns a copy of a list of disks that says of each where it is, so that
+// nothing moves when disks come and go.
+func PinSlots(disks []DiskSpec) []DiskSpec {
+	out := make([]DiskSpec, len(disks))
+	for n, d := range disks {
+		d.Slot = SlotOf(disks, n)
+		out[n] = d
+	}
+	return out
 }
 
 // NICSpec describes one virtual network card.

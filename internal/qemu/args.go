@@ -7,6 +7,8 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+
+	"perdure/internal/model"
 )
 
 // PCI slots on the root bus. Slot 0 is the host bridge, 1 is taken on i440fx,
@@ -15,8 +17,8 @@ const (
 	slotGPU    = 0x02
 	slotRNG    = 0x03
 	slotSerial = 0x04
-	slotNIC    = 0x08 // and the following MaxNICs-1
-	slotDisk   = 0x10 // and the following MaxDisks-1
+	slotNIC    = 0x08                // and the following MaxNICs-1
+	slotDisk   = model.FirstDiskSlot // and the following MaxDisks-1
 )
 
 const (
@@ -65,7 +67,10 @@ func Args(m Machine) ([]string, error) {
 		a.nic(i, n)
 	}
 	for i, d := range m.Disks {
-		a.disk(i, d)
+		if d.Slot == 0 {
+			d.Slot = slotDisk + i
+		}
+		a.disk(d)
 	}
 	if m.Kernel != "" {
 		a.add("-kernel", m.Kernel)
@@ -172,6 +177,9 @@ func (m *Machine) validateDevices() []error {
 		id(d.ID)
 		if d.Socket == "" {
 			bad("disk %s: no socket", d.ID)
+		}
+		if d.Slot != 0 && (d.Slot < slotDisk || d.Slot >= slotDisk+MaxDisks) {
+			bad("disk %s: slot %#x is not one of %#x to %#x", d.ID, d.Slot, slotDisk, slotDisk+MaxDisks-1)
 		}
 	}
 	return errs
@@ -315,7 +323,7 @@ func (a *argList) nic(i int, n NIC) {
 	a.pci("virtio-net-pci", slotNIC+i, "id=dev-"+n.ID, "netdev="+n.ID, "mac="+n.MAC, "mq=off", "romfile=", a.virtio)
 }
 
-func (a *argList) disk(i int, d Disk) {
+func (a *argList) disk(d Disk) {
 	b := []string{"driver=nbd", "node-name=" + d.ID, "server.type=unix", kv("server.path", d.Socket), kv("export", d.Export),
 		"reconnect-delay=" + strconv.Itoa(nbdRetry), "discard=unmap"}
 	if d.ReadOnly {
@@ -326,5 +334,5 @@ func (a *argList) disk(i int, d Disk) {
 	if d.BootIndex > 0 {
 		dev = append(dev, "bootindex="+strconv.Itoa(d.BootIndex))
 	}
-	a.pci("virtio-blk-pci", slotDisk+i, dev...)
+	a.pci("virtio-blk-pci", d.Slot, dev...)
 }

@@ -25,7 +25,7 @@ const (
 // its slot whatever else the machine has, so that two hosts always agree.
 const (
 	MaxNICs  = 8
-	MaxDisks = 14
+	MaxDisks = model.DiskSlots
 )
 
 // RAMBlockID is the name of the block that holds the guest's memory, also
@@ -101,6 +101,7 @@ type Disk struct {
 	Export    string
 	BootIndex int // position in the boot order from 1; 0: not bootable
 	ReadOnly  bool
+	Slot      int // PCI slot on the root bus; 0: that of its place in the list
 }
 
 // NIC is a virtio-net card on a tap device.
@@ -139,7 +140,10 @@ func FromSpec(s model.VMSpec) Machine {
 		ModernVirtio: s.Virtio == model.VirtioModern,
 	}
 	for i, d := range s.Disks {
-		m.Disks = append(m.Disks, Disk{ID: d.ID, Export: d.ID, BootIndex: i + 1})
+		// The place in the boot order goes with the slot: two disks never have the
+		// same one, whatever was added and taken away.
+		slot := model.SlotOf(s.Disks, i)
+		m.Disks = append(m.Disks, Disk{ID: d.ID, Export: d.ID, BootIndex: slot - slotDisk + 1, Slot: slot})
 	}
 	for _, n := range s.NICs {
 		m.NICs = append(m.NICs, NIC{ID: n.ID, MAC: n.MAC})

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 )
 
@@ -176,7 +177,7 @@ func (q *QMP) QueryDisks(ctx context.Context) (map[string]DiskState, error) {
 		if b.IOStatus == "" {
 			b.IOStatus = DiskOK
 		}
-		m[b.Inserted.NodeName] = b.IOStatus
+		m[strings.TrimSuffix(b.Inserted.NodeName, ".b")] = b.IOStatus // see diskNodes
 	}
 	return m, nil
 }

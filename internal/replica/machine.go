@@ -251,6 +251,10 @@ func (m *Machine) Rule() Rule { return m.rule }
 // Copy returns the local copy's metadata as last persisted.
 func (m *Machine) Copy() Copy { return m.copy }
 
+// Resized notes that the local copy was made larger, durably; nothing may be under
+// way, and no peer be met.
+func (m *Machine) Resized(size int64) { m.copy.Size, m.next.Size = size, size }
+
 // Judgement returns what was found of the peer's copy; zero before a hello.
 func (m *Machine) Judgement() Judgement { return m.judge }
 

@@ -241,7 +241,11 @@ func (p *primary) carries() bool {
 // watchDisks gives up disks that do not answer any more.
 func (c *diskCarrier) watchDisks() {
 	i := c.p.inst
-	for n, d := range c.p.s.cfg.Spec.Disks {
+	disks, changing := c.p.s.disksNow()
+	if changing {
+		return // the numbers of the disks too
+	}
+	for n, d := range disks {
 		i.mu.Lock()
 		w, cuts := i.watches[d.ID], i.nbdCuts
 		i.mu.Unlock()

@@ -47,6 +47,8 @@ type instance struct {
 	stores   []*blockstore.Store
 	clean    []bool // by disk: its last user had closed it properly
 	vols     []*blockstore.Volume
+	closers  *storeClosers // the same for all instances that follow each other, as hot is
+	hot      *hotDisks
 	mirror   *mirror.Source // level ca: the disks as the guest sees them
 	carrier  atomic.Pointer[diskCarrier]
 	watches  map[string]*vfs.Watch // by disk, level ca; guarded by mu
@@ -94,7 +96,7 @@ func tapNames(spec model.VMSpec) []string {
 // standby, and waits for a state where there will be one. On failure nothing is
 // left behind.
 func build(ctx context.Context, cfg shimapi.Config, incoming bool, lock *os.File, helper []string, log *slog.Logger) (inst *instance, err error) {
-	i := &instance{cfg: cfg, log: log, ft: cfg.Spec.Level == model.LevelFT, bound: make(chan struct{}, 1), agentUse: new(sync.RWMutex), latency: new(latencyMeter)}
+	i := &instance{cfg: cfg, hot: new(hotDisks), closers: new(storeClosers), log: log, ft: cfg.Spec.Level == model.LevelFT, bound: make(chan struct{}, 1), agentUse: new(sync.RWMutex), latency: new(latencyMeter)}
 	defer func() {
 		if err != nil {
 			i.close()
@@ -172,6 +174,11 @@ func (i *instance) mountRAM(ctx context.Context, lock *os.File, helper []string)
 // openDisks opens the replicas, with everything that their journals hold, and
 // serves them by NBD.
 func (i *instance) openDisks(incoming bool) error {
+	hot, closers := i.hot, i.closers
+	i.onEnd(func() { // whatever disks there are then
+		hot.close()
+		closers.close()
+	})
 	if len(i.cfg.Spec.Disks) == 0 {
 		return nil
 	}
@@ -189,7 +196,7 @@ func (i *instance) openDisks(incoming bool) error {
 		if err != nil {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
-		i.onEnd(func() { st.Close() })
+		i.closers.add(func() { st.Close() })
 		i.stores = append(i.stores, st)
 		i.clean = append(i.clean, st.Meta().Clean)
 		n, err := st.Replay()
@@ -291,7 +298,7 @@ func (i *instance) machine(incoming bool) qemu.Machine {
 		m.MemPath = i.ram.Path()
 	}
 	for n := range m.Disks {
-		m.Disks[n].Socket, m.Disks[n].Export = i.nbdPath(), m.Disks[n].ID
+		m.Disks[n].Socket, m.Disks[n].Export = i.socketOf(m.Disks[n].ID), m.Disks[n].ID
 	}
 	for n := range m.NICs {
 		m.NICs[n].Tap, m.NICs[n].FD = i.taps[n], qemu.FirstFile+n

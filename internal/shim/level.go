@@ -138,6 +138,8 @@ func (s *Shim) changeLevel(ctx context.Context, to model.Level) (string, error) 
 	switch {
 	case !s.change.over():
 		err = errLevelChanges
+	case s.changing:
+		err = errDisksChange
 	case to == s.level:
 		err = fmt.Errorf("the VM has level %s already", to)
 	case s.mode.Mode != model.ModeSimplex && s.mode.Mode != model.ModeSyncing && s.mode.Mode != model.ModeDuplex:
@@ -359,7 +361,7 @@ func (c *levelChange) await(p *primary, result <-chan error) error {
 // only be closed after that, which closing the new one does.
 func (i *instance) again(to model.Level) *instance {
 	n := &instance{cfg: i.cfg, log: i.log, ft: i.ft, ram: i.ram, proc: i.proc, qmp: i.qmp, serial: i.serial, gagent: i.gagent, agentUse: i.agentUse,
-		nics: i.nics, outlets: i.outlets, taps: i.taps, tapSet: i.tapSet, bound: i.bound}
+		nics: i.nics, outlets: i.outlets, taps: i.taps, tapSet: i.tapSet, bound: i.bound, hot: i.hot, closers: i.closers}
 	n.cfg.Spec.Level = to
 	n.onClose(n.removePID)
 	n.onClose(i.close)

@@ -21,7 +21,7 @@ import (
 // memory and output as the level asks for, and shares disks and character devices.
 func buildBeside(ctx context.Context, old *instance, to model.Level, s *Shim) (_ *instance, err error) {
 	i := &instance{cfg: old.cfg, log: old.log, ft: to == model.LevelFT, bound: old.bound, beside: true, tapSet: 1 - old.tapSet,
-		serial: old.serial, gagent: old.gagent, agentUse: old.agentUse}
+		serial: old.serial, gagent: old.gagent, agentUse: old.agentUse, hot: old.hot, closers: old.closers}
 	i.cfg.Spec.Level = to
 	i.cfg.Spec.SteadyTime = old.cfg.Spec.SteadyTime || old.ft // the guest must see the same machine
 	for _, name := range []string{"qmp.sock", "vnc.sock"} {

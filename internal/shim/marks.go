@@ -15,8 +15,9 @@ import (
 func (s *Shim) markMode(a authority.ActMode) {
 	s.mu.Lock()
 	inst, prim, stby, branch := s.inst, s.prim, s.stby, s.record.Record.Branch
+	none := inst == nil || len(inst.stores) == 0
 	s.mu.Unlock()
-	if inst == nil || len(inst.stores) == 0 {
+	if none {
 		return
 	}
 	switch {
@@ -34,13 +35,13 @@ func (s *Shim) markMode(a authority.ActMode) {
 	s.goWork(func() {
 		s.markMu.Lock()
 		defer s.markMu.Unlock()
-		for n, st := range inst.storeList() {
+		for _, st := range inst.storeList() {
 			if m := st.Meta(); m.State != model.UpToDate || m.Term > a.Term {
 				continue // a later mode was faster
 			}
 			err := st.SetMeta(func(m *blockstore.Meta) { m.Term, m.Branch, m.Run = a.Term, branch, a.Run })
 			if err != nil && s.ctx.Err() == nil {
-				s.log.Error("mark replica", "disk", s.cfg.Spec.Disks[n].ID, "term", a.Term, "error", err)
+				s.log.Error("mark replica", "disk", st.Meta().Disk, "term", a.Term, "error", err)
 			}
 		}
 	})
@@ -57,12 +58,12 @@ func (s *Shim) markOutdated(inst *instance) {
 	}
 	s.markMu.Lock()
 	defer s.markMu.Unlock()
-	for n, st := range inst.stores {
+	for _, st := range inst.stores {
 		if st.Meta().State != model.UpToDate {
 			continue
 		}
 		if err := st.SetMeta(func(m *blockstore.Meta) { m.State = model.Outdated }); err != nil {
-			s.log.Error("mark replica outdated", "disk", s.cfg.Spec.Disks[n].ID, "error", err)
+			s.log.Error("mark replica outdated", "disk", st.Meta().Disk, "error", err)
 		}
 	}
 }

@@ -28,6 +28,9 @@ func (s *Shim) do(ctx context.Context, op shimapi.Op) (string, error) {
 		} else if !level.HasSecondary() {
 			return "", fmt.Errorf("the VM has level %q; only levels %q and %q have a secondary", level, model.LevelCA, model.LevelFT)
 		}
+		if _, changing := s.disksNow(); changing {
+			return "", errDisksChange
+		}
 		if err := s.protectable(ctx); err != nil {
 			return "", err
 		}
@@ -60,6 +63,8 @@ func (s *Shim) do(ctx context.Context, op shimapi.Op) (string, error) {
 		return s.changeLevel(ctx, model.Level(op.Value))
 	case "level-cancel":
 		return "", s.cancelChange()
+	case "disks":
+		return s.setDisks(ctx, op.Value)
 	case "quit":
 		if s.primary() != nil {
 			return "", errors.New("this shim runs the VM")

@@ -77,6 +77,8 @@ type Shim struct {
 	// Of tests: where they break a change, and that a guest under TCG shall run during it.
 	atStep   func(step string, next *instance)
 	copyLive bool
+	// changing: the disks of the running guest are being changed.
+	changing bool
 	// startErr is why the memory could not be filled.
 	startErr error
 
@@ -340,6 +342,7 @@ func (s *Shim) Status() shimapi.Status {
 	if inst != nil {
 		st.GuestMS = ms(inst.guestTime())
 	}
+	st.Disks = s.diskStatus()
 	return st
 }
 

@@ -187,6 +187,8 @@ func (p *primary) onEvent(ev qemu.Event) {
 			return
 		}
 		p.fault("disk-error", diskError(ev.Data))
+	case "DEVICE_DELETED":
+		p.guestLetGo(qemu.UnpluggedDisk(ev))
 	case "WATCHDOG":
 		p.fault("watchdog", "the guest's watchdog ran out")
 	}

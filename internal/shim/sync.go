@@ -483,8 +483,12 @@ func machineDigest(spec model.VMSpec) string {
 	for _, s := range []string{spec.UUID, spec.Machine, spec.CPU, string(cmp.Or(spec.Virtio, model.VirtioLegacy)), spec.Accel, strconv.Itoa(spec.VCPUs), strconv.FormatInt(spec.Memory, 10)} {
 		b.WriteString(s + "|")
 	}
-	for _, d := range spec.Disks {
-		fmt.Fprintf(&b, "%s:%d|", d.ID, d.Size)
+	for n, d := range spec.Disks {
+		fmt.Fprintf(&b, "%s:%d", d.ID, d.Size)
+		if at := model.SlotOf(spec.Disks, n); at != model.FirstDiskSlot+n { // as before where it is where it always was
+			fmt.Fprintf(&b, "@%x", at)
+		}
+		b.WriteByte('|')
 	}
 	if spec.Level != model.LevelFT {
 		b.WriteString(string(spec.Level) + "|") // the two sides must speak of the same

@@ -137,6 +137,9 @@ func (v *verifier) start(opts shimapi.VerifyOptions) (string, error) {
 	if p.ctx.Err() != nil {
 		return "", errNotRunning
 	}
+	if _, changing := v.s.disksNow(); changing {
+		return "", errDisksChange
+	}
 	sc, ctx, stop, err := p.newScrub(opts.Rate)
 	if err != nil {
 		return "", err
@@ -389,6 +392,23 @@ func (v *verifier) cancel() (string, error) {
 	}
 	v.stop(errVerifyStopped)
 	return "", nil
+}
+
+// yield ends a verify under way because the disks are changed, and waits for its end.
+func (v *verifier) yield(ctx context.Context) error {
+	for {
+		v.mu.Lock()
+		stop := v.stop
+		v.mu.Unlock()
+		if stop == nil {
+			return nil
+		}
+		stop(errDisksChange)
+		sleep(ctx, 10*time.Millisecond)
+		if ctx.Err() != nil {
+			return fmt.Errorf("wait for the end of the verify: %w", ctx.Err())
+		}
+	}
 }
 
 // watchRepairs counts the blocks of a replica that requests of the guest find damaged

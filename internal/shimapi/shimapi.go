@@ -89,6 +89,7 @@ type Status struct {
 	Level      model.Level           `json:"level"`            // under which the guest runs, or is filled, here
 	Change     *LevelChange          `json:"change,omitempty"` // of the level: under way, or the last one
 	GuestMS    float64               `json:"guest_ms"`         // guest time run since start, milliseconds, for the clock metric
+	Disks      []DiskStatus          `json:"disks"`            // of a primary, as QEMU has them; null: not said
 }
 
 // LevelChange is one change of the level of the running guest.
@@ -128,7 +129,9 @@ type Op struct {
 	// replica of the disk with the id Value anew here and fill it from the secondary's),
 	// "verify" (of a running primary; Value: VerifyOptions as JSON), "verify-stop",
 	// "level" (change the level of the running guest to Value: accepted, then
-	// followed by Status.Change), "level-cancel".
+	// followed by Status.Change), "level-cancel",
+	// "disks" (of a primary without a secondary; Value: SetDisks as JSON: make the
+	// guest's disks so, by hot-plug).
 	Op    string `json:"op"`
 	Host  string `json:"host,omitempty"`
 	Force bool   `json:"force,omitempty"`
@@ -174,4 +177,16 @@ type ReadResult struct {
 	Found   bool            `json:"found"`
 	Current model.Versioned `json:"current"`
 	Error   string          `json:"error,omitempty"`
+}
+
+// DiskStatus is one disk as a shim has it.
+type DiskStatus struct {
+	model.DiskSpec
+	Missing int64 `json:"missing"` // bytes that the peer may lack, by the bitmap
+}
+
+// SetDisks is the Value, as JSON, of the operation "disks": the disks that the
+// running guest shall have, all of them, each with its slot.
+type SetDisks struct {
+	Disks []model.DiskSpec `json:"disks"`
 }

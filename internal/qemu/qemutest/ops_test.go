@@ -225,6 +225,11 @@ func serveNBD(t *testing.T, nbd, image, socket string) {
 	check(t, err)
 	check(t, f.Truncate(16<<20))
 	check(t, f.Close())
+	serveNBDFile(t, nbd, image, socket)
+}
+
+func serveNBDFile(t *testing.T, nbd, image, socket string) {
+	t.Helper()
 	cmd := exec.Command(nbd, "-f", "raw", "-k", socket, "-x", "x", "-t", "-e", "4", image)
 	check(t, cmd.Start())
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
