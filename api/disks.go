@@ -22,7 +22,10 @@ type VMDisk struct {
 	Replicas []DiskReplica    `json:"replicas" doc:"By host"`
 	Behind   int64            `json:"behind" doc:"Bytes that the other replica may lack, as the running instance tells; negative: not known"`
 	Sync     []model.Progress `json:"sync" doc:"Copying of this VM that goes on now"`
-	Problems []model.Problem  `json:"problems" doc:"Of this disk, and of the VM as far as they concern disks"`
+
+	Verified *model.VerifiedDisk `json:"verified,omitempty" doc:"What the last verify found, as the running instance tells"`
+
+	Problems []model.Problem `json:"problems" doc:"Of this disk, and of the VM as far as they concern disks"`
 }
 
 // DiskReplica is one host's copy of a disk: what the record says of it, and what

@@ -121,17 +121,17 @@ func TestCarry(t *testing.T) {
 	v.SayLines("sh echo 3 >/proc/sys/vm/drop_caches; busybox cat /data/* >/dev/null; busybox touch /data/carried && busybox sync && echo ok")
 	v.stays(log, boot, "its disk failed")
 
-	if text, err := v.shimOp("a", shimapi.Op{Op: "disk-replace", Value: v.Show().Disks[0].ID}); err == nil {
+	id := v.Show().Disks[0].ID
+	if text, err := w.TryPerdure("b", "disk", "replace", v.Name, id, "--host", "a", "--yes"); err == nil {
 		t.Errorf("replaced on a broken disk: %s", text)
 	} else {
 		t.Logf("on the broken disk: %v", err)
 	}
 	v.pullDisk("a")
 	v.ownDisk("a", false)
-	text, err := v.shimOp("a", shimapi.Op{Op: "disk-replace", Value: v.Show().Disks[0].ID})
-	w.must(err, "replace the disk")
-	t.Log(text)
+	t.Log(w.Perdure("b", "disk", "replace", v.Name, id, "--host", "a", "--yes"))
 	v.replica("a", model.UpToDate, "disk-carried", false, time.Minute)
+	t.Log(w.Perdure("b", "disk", "show", v.Name, id))
 	w.must(log.WaitAcked(w.Ctx, 50), "log with the new disk")
 	v.stays(log, boot, "its disk was replaced")
 	w.Perdure("a", "vm", "pause", v.Name)

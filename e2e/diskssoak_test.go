@@ -134,3 +134,64 @@ func TestDiskChangeInterrupted(t *testing.T) {
 	v.Protected()
 	v.sameDisks()
 }
+
+// TestSoakDisksAndLevels mixes what changes a running VM: a disk comes while it is at one level,
+// grows at another and is verified at a third; the guest moves between QEMUs with it, and
+// between hosts.
+func TestSoakDisksAndLevels(t *testing.T) {
+	w := Start(t)
+	v := w.CreateVM(VMOptions{Disks: []string{"64M"}}).Protected()
+	boot := v.Boot()
+	traffic := v.Traffic()
+	moves := []string{v.Primary()}
+	read := func() string { return v.sh("echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/vdb bs=64k count=32 | md5sum") }
+	w.Perdure(v.Primary(), "disk", "attach", v.Name, "--size", "64M", "--id", "data")
+	v.guestDisk("vdb", 64<<20)
+	v.sh("dd if=/dev/urandom of=/dev/vdb bs=64k count=32 conv=fsync")
+	sum := read()
+	same := func(when string) {
+		t.Helper()
+		if got := read(); got != sum {
+			t.Errorf("%s the disk holds %s, it was %s", when, got, sum)
+		}
+	}
+	move := func() {
+		t.Helper()
+		v.Protected()
+		p := v.Primary()
+		v.KillQEMU(p, syscall.SIGKILL)
+		moves = append(moves, w.Other(p))
+		v.Wait("state=running,primary="+w.Other(p), 30*time.Second)
+	}
+	takeOver := func(when string) {
+		t.Helper()
+		move()
+		same(when)
+	}
+	takeOver("after the takeover with a new disk")
+	v.Protected()
+	w.Perdure(v.Primary(), "vm", "level", v.Name, "ca")
+	same("at level ca")
+	v.Protected()
+	w.Perdure(v.Primary(), "disk", "resize", v.Name, "data", "96M")
+	v.guestDisk("vdb", 96<<20)
+	v.Protected()
+	t.Log(w.Perdure(v.Primary(), "disk", "verify", v.Name, "--wait"))
+	w.Perdure(v.Primary(), "vm", "level", v.Name, "ft")
+	v.guestDisk("vdb", 96<<20)
+	same("back at level ft")
+	takeOver("after the second takeover")
+	v.Protected()
+	t.Log(w.Perdure(v.Primary(), "disk", "verify", v.Name, "--wait"))
+	t.Log(w.Perdure(v.Primary(), "disk", "show", v.Name, "data"))
+	w.Perdure(v.Primary(), "disk", "detach", v.Name, "data", "--yes")
+	v.guestDisk("vdb", 0)
+	move()
+	v.Protected()
+	w.Perdure(v.Primary(), "vm", "level", v.Name, "none")
+	v.CheckDisks()
+	if v.Boot() != boot {
+		t.Error("the guest was rebooted")
+	}
+	traffic.Check(15*time.Second, moves...)
+}

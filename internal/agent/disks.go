@@ -77,6 +77,11 @@ func (a *Agent) disksOf(ctx context.Context, v clusterstore.VMView) []api.VMDisk
 				k.Behind = behind(vm.Mode, answers[i].Live, d.ID)
 			}
 		}
+		for _, x := range vm.Disks {
+			if x.ID == d.ID {
+				k.Verified = x.Verified
+			}
+		}
 		k.Problems = problemsOfDisk(vm.Problems, k)
 		out = append(out, k)
 	}

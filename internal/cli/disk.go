@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -159,6 +160,7 @@ func (a *app) diskShow(ctx context.Context, c *api.Client, args []string) error 
 	for _, p := range d.Sync {
 		f.put("Copying", progressText(p))
 	}
+	f.put("Verified", verifiedText(d.Verified))
 	for _, r := range d.Replicas {
 		a.replicaFields(&f, r)
 	}
@@ -181,6 +183,21 @@ func diskLine(d api.VMDisk) string {
 		return fmt.Sprintf("%d good replicas", good)
 	}
 	return "no replica is known to be good"
+}
+
+// verifiedText says what the last verify found; empty: it is not known.
+func verifiedText(v *model.VerifiedDisk) string {
+	switch {
+	case v == nil:
+		return ""
+	case v.Ended.IsZero():
+		return fmt.Sprintf("%s of %s, not to the end", api.FormatSize(v.Checked), api.FormatSize(v.Size))
+	}
+	s := v.Ended.Local().Format(time.DateTime)
+	if v.Mismatches == 0 {
+		return s + ": no block was wrong"
+	}
+	return fmt.Sprintf("%s: %d blocks were wrong, %d repaired, %d written over by the guest, %d left", s, v.Mismatches, v.Repaired, v.Rewritten, v.Left)
 }
 
 func behindText(d api.VMDisk) string {
