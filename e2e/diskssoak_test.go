@@ -13,9 +13,9 @@ import (
 	"perdure/api"
 )
 
-// TestDisksAtOtherLevels does at level ca, where writes are mirrored, and at level none what
+// TestSoakDisksAtOtherLevels does at level ca, where writes are mirrored, and at level none what
 // TestDisks does at level ft.
-func TestDisksAtOtherLevels(t *testing.T) {
+func TestSoakDisksAtOtherLevels(t *testing.T) {
 	for _, level := range []string{"ca", "none"} {
 		t.Run(level, func(t *testing.T) {
 			w := Start(t)
@@ -80,9 +80,9 @@ func TestDisksAtOtherLevels(t *testing.T) {
 	}
 }
 
-// TestDiskChangeInterrupted kills the agent at any moment of a change. Afterwards the list
+// TestSoakDiskChangeInterrupted kills the agent at any moment of a change. Afterwards the list
 // of disks is the old or the new one, the guest has just these, and the VM is protected.
-func TestDiskChangeInterrupted(t *testing.T) {
+func TestSoakDiskChangeInterrupted(t *testing.T) {
 	w := Start(t)
 	v := w.CreateVM(VMOptions{Disks: []string{"64M"}}).Protected()
 	boot := v.Boot()
