@@ -40,6 +40,7 @@ bench: setup build
 ## soak: long runs and the guest with a real distribution (as root)
 soak: setup build
 	@GO='$(GO)' scripts/setup.sh --soak
+	PERDURE_TEST_NOSKIP=1 $(GO) test -count 1 -timeout 6h -v -tags soak -run '^TestSoak' ./internal/shim -args $(SOAKFLAGS)
 	PERDURE_TEST_NOSKIP=1 $(GO) test -p 1 -count 1 -timeout 12h -v -tags soak -run '^TestSoak' ./e2e -args $(SOAKFLAGS)
 
 ## lint: golangci-lint of the version named in tools/go.mod
