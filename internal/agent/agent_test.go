@@ -504,10 +504,8 @@ func TestOrphanAndFailingStart(t *testing.T) {
 	a.create(api.CreateVM{Name: "v1", Memory: 16 << 20, Disks: []api.CreateDisk{{Size: 1 << 20}}, Start: true})
 	rec := a.await("v1", "simplex", simplex)
 	dir := a.cfg.VMDir("v1")
-	qemu, ok := qemuOf(filepath.Join(dir, shimapi.QEMUPID))
-	if !ok {
-		t.Fatal("no QEMU")
-	}
+	var qemu procID
+	eventually(t, "there is a QEMU", 10*time.Second, func() (ok bool) { qemu, ok = qemuOf(filepath.Join(dir, shimapi.QEMUPID)); return ok })
 	a.killVM("v1", false)
 	again := a.await("v1", "started again", func(r model.Record) bool { return simplex(r) && r.Primary.Run != rec.Primary.Run })
 	if qemu.alive() {
