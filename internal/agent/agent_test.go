@@ -227,7 +227,8 @@ func (h *host) await(vm, what string, cond func(model.Record) bool) model.Record
 	end := time.Now().Add(30 * time.Second)
 	for {
 		rec = h.record(vm)
-		if cond(rec) {
+		// What is asked of the agent next is judged by its copy of the record.
+		if v, ok := h.ag.store.VM(vm); cond(rec) && ok && cond(v.Record.Record) {
 			return rec
 		}
 		if time.Now().After(end) {
