@@ -27,7 +27,9 @@ func TestMain(m *testing.M) {
 		case "agent": // a host's program: it only lives
 			os.MkdirAll(filepath.Join(os.Args[2], "run"), 0o755)
 			os.WriteFile(filepath.Join(os.Args[2], "run", "alive"), nil, 0o644)
-			select {}
+			for { // a select without cases is a deadlock to a program that is built without cgo
+				time.Sleep(time.Hour)
+			}
 		case "fuse":
 			fuseMain(os.Args[2])
 			os.Exit(0)
