@@ -144,7 +144,9 @@ func TestSoakDisksAndLevels(t *testing.T) {
 	boot := v.Boot()
 	traffic := v.Traffic()
 	moves := []string{v.Primary()}
-	read := func() string { return v.sh("echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/vdb bs=64k count=32 | md5sum") }
+	read := func() string {
+		return v.sh("echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/vdb bs=64k count=32 | md5sum")
+	}
 	w.Perdure(v.Primary(), "disk", "attach", v.Name, "--size", "64M", "--id", "data")
 	v.guestDisk("vdb", 64<<20)
 	v.sh("dd if=/dev/urandom of=/dev/vdb bs=64k count=32 conv=fsync")
