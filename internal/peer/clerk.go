@@ -114,6 +114,7 @@ func (s *Session) hedge(now, age time.Duration) {
 				s.out.hedged += n
 			}
 			to.give(f)
+			to.signal()
 		}
 	}
 }

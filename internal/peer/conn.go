@@ -29,6 +29,11 @@ type linkConn struct {
 	wmu    sync.Mutex
 	corked bool
 	wbuf   []byte
+
+	// Of whoever writes: the writer of the link, or a sender in its place. Guarded by
+	// the session's lock.
+	writing bool
+	batch   []byte // used while writing, without the lock
 }
 
 // timedConn is what TLS reads from and writes to.

@@ -19,6 +19,10 @@ const (
 	batchMax    = 32 << 10               // small frames written in one go
 	smallFrame  = 8 << 10                // frames up to here are copied into a batch
 	byeTime     = 100 * time.Millisecond // for a goodbye to leave and the peer to close
+	directMax   = 16 << 10               // data on the way up to which a sender may write itself: any socket has room for more
+
+	// ackDelay is how long an acknowledgement may wait for a frame to travel with. It must be far below hedgeMin.
+	ackDelay = 2 * time.Millisecond
 )
 
 // link is one availability link of a session: at most one connection at a time,
@@ -31,7 +35,7 @@ type link struct {
 
 	up    bool
 	gen   uint64
-	conn  net.Conn // TLS
+	conn  *linkConn
 	raw   *net.TCPConn
 	down  chan struct{} // closed when the present connection is given up
 	heard *atomic.Int64 // of the present connection
@@ -41,6 +45,9 @@ type link struct {
 	urgent  [][]byte
 	pongs   []pong
 	ackDue  bool
+	ackSoon bool        // goes with whatever goes next; ackDue when the timer fires
+	ackTime *time.Timer // made when it is first needed
+	ackSet  bool        // it runs
 	pingDue bool
 	prio    []*outFrame // small messages on all links, hedges
 
@@ -93,13 +100,13 @@ func (l *link) attach(c *linkConn) <-chan struct{} {
 	}
 	now := Now()
 	c.bind(s)
-	l.up, l.conn, l.raw, l.heard = true, c.tls, c.raw, &c.heard
+	l.up, l.conn, l.raw, l.heard = true, c, c.raw, &c.heard
 	l.gen++
 	l.down = make(chan struct{})
 	l.urgent, l.pongs, l.prio, l.fly = nil, nil, nil, nil
 	l.sentData, l.ackedData, l.recvData, l.toldData = 0, 0, 0, 0
 	l.cap, l.capHit = capFirst, false
-	l.nextPing, l.pingOpen, l.pingDue, l.ackDue = now, 0, false, true
+	l.nextPing, l.pingOpen, l.pingDue, l.ackDue, l.ackSoon = now, 0, false, true, false
 	l.rtt, l.rttMin, l.rttSlot, l.slotAt, l.pace, l.avoid = 0, 0, 0, now, 0, false
 	s.log.Info("peer link up", "link", l.idx, "remote", c.raw.RemoteAddr().String())
 	s.wg.Add(2)
@@ -161,18 +168,15 @@ func (l *link) end(bye []byte) {
 	l.wake.Broadcast()
 }
 
-// give queues a frame for this link before bulk data.
+// give queues a frame for this link before bulk data. The caller wakes the writer.
 func (l *link) give(f *outFrame) {
 	f.links |= 1 << l.idx
 	l.prio = append(l.prio, f)
-	l.wake.Signal()
 }
 
-// failed ends the connection of generation gen because of err.
+// failed ends the connection of generation gen because of err, under the lock.
 func (l *link) failed(gen uint64, err error) {
 	s := l.s
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	if l.gen != gen || !l.up {
 		return
 	}
@@ -204,7 +208,9 @@ func (l *link) read(c *linkConn, gen uint64) {
 			err = l.handle(h, payload, gen)
 		}
 		if err != nil {
+			l.s.mu.Lock()
 			l.failed(gen, err)
+			l.s.mu.Unlock()
 			if errors.Is(err, errProtocol) {
 				continue // only to let the goodbye out; ends at the deadline
 			}
@@ -280,11 +286,40 @@ func (l *link) handleData(h header, payload []byte, now time.Duration) error {
 	if whole {
 		poke(s.arrived)
 	}
-	if !fresh || h.flags&flagLast != 0 || l.recvData-l.toldData >= ackEvery {
+	switch {
+	case l.recvData-l.toldData >= ackEvery:
+		l.ackDue = true
+		l.wake.Signal()
+	case !fresh || h.flags&flagLast != 0:
+		l.ackLater()
+	}
+	return nil
+}
+
+// ackLater has what was read acknowledged with the next frame, at the latest in
+// ackDelay: most messages are answered before, and a frame less is a system call
+// and a wake-up less on either side.
+func (l *link) ackLater() {
+	l.ackSoon = true
+	switch {
+	case l.ackSet:
+		return
+	case l.ackTime == nil:
+		l.ackTime = time.AfterFunc(ackDelay, l.ackNow)
+	default:
+		l.ackTime.Reset(ackDelay)
+	}
+	l.ackSet = true
+}
+
+func (l *link) ackNow() {
+	l.s.mu.Lock()
+	defer l.s.mu.Unlock()
+	l.ackSet = false
+	if l.ackSoon && l.up {
 		l.ackDue = true
 		l.wake.Signal()
 	}
-	return nil
 }
 
 func (l *link) handleAck(payload []byte, now time.Duration) error {
@@ -360,45 +395,97 @@ func (l *link) adapt(sample time.Duration) {
 func (l *link) write(c *linkConn, gen uint64) {
 	s := l.s
 	defer s.wg.Done()
-	batch := make([]byte, 0, batchMax+bufSize)
-	for {
-		s.mu.Lock()
-		batch = batch[:0]
-		var big *outFrame
-		for {
-			if l.gen != gen || !l.up {
-				s.mu.Unlock()
-				return
-			}
-			if s.cause != nil {
-				bye := l.bye
-				s.mu.Unlock()
-				c.leave(bye)
-				return
-			}
-			if batch, big = l.gather(batch, Now); len(batch) > 0 || big != nil {
-				break
-			}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for l.gen == gen && l.up {
+		switch {
+		case c.writing: // a sender does; it wakes this one if there is more
+			l.wake.Wait()
+		case s.cause != nil:
+			bye := l.bye
+			s.mu.Unlock()
+			c.leave(bye)
+			s.mu.Lock()
+			return
+		case !l.writeOnce(c, gen):
 			l.wake.Wait()
 		}
-		l.sentBytes += int64(len(batch))
-		var body []byte
-		if big != nil {
-			body = big.buf
-			l.sentBytes += int64(len(body))
-		}
-		s.mu.Unlock()
-		err := c.writeAll(batch, body)
-		if big != nil {
-			s.mu.Lock()
-			big.written(&s.pool)
-			s.mu.Unlock()
-		}
-		if err != nil {
-			l.failed(gen, err)
-			return
-		}
 	}
+}
+
+// writeOnce writes what is due, as far as it goes in one piece, and reports whether there was
+// anything. Under the lock, which is given up meanwhile; nobody else is writing.
+func (l *link) writeOnce(c *linkConn, gen uint64) bool {
+	s := l.s
+	batch, big := l.gather(c.batch[:0], Now)
+	c.batch = batch
+	if len(batch) == 0 && big == nil {
+		return false
+	}
+	l.sentBytes += int64(len(batch))
+	var body []byte
+	if big != nil {
+		body = big.buf
+		l.sentBytes += int64(len(body))
+	}
+	c.writing = true
+	s.mu.Unlock()
+	err := c.writeAll(batch, body)
+	s.mu.Lock()
+	c.writing = false
+	if big != nil {
+		big.written(&s.pool)
+	}
+	if err != nil {
+		l.failed(gen, err)
+	}
+	return true
+}
+
+// signal wakes the writer, unless whoever writes now does when it is done.
+func (l *link) signal() {
+	if !l.up || !l.conn.writing {
+		l.wake.Signal()
+	}
+}
+
+// turn is the right to write to a connection, in the place of its writer.
+type turn struct {
+	l   *link
+	c   *linkConn
+	gen uint64
+}
+
+// takeTurn is called under the lock when direct says so.
+func (l *link) takeTurn() *turn {
+	l.conn.writing = true
+	return &turn{l, l.conn, l.gen}
+}
+
+// write writes what is due, and ends the turn.
+func (t *turn) write() {
+	l, s := t.l, t.l.s
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t.c.writing = false
+	if l.gen == t.gen && l.up && s.cause == nil {
+		l.writeOnce(t.c, t.gen)
+	}
+	if l.busy() {
+		l.wake.Signal()
+	}
+}
+
+// direct reports whether a sender may write a small frame itself: its socket takes
+// it without waiting, and nothing is before it. A message then needs no
+// other goroutine to leave, which wakes up late while the sender goes on with its work.
+func (l *link) direct() bool {
+	return l.up && !l.avoid && !l.conn.writing && l.s.cause == nil && int64(l.sentData-l.ackedData) <= directMax
+}
+
+// busy reports whether the writer has something to do.
+func (l *link) busy() bool {
+	return len(l.urgent) > 0 || len(l.pongs) > 0 || l.ackDue || l.pingDue || len(l.prio) > 0 || l.s.out.pending() || l.s.cause != nil
 }
 
 // gather collects what is to be written next, most urgent first: small frames
@@ -413,7 +500,7 @@ func (l *link) gather(b []byte, clock func() time.Duration) ([]byte, *outFrame) 
 		b = appendFrame(b, header{typ: typePong, seq: p.seq}, binary.BigEndian.AppendUint64(nil, p.stamp))
 	}
 	l.pongs = l.pongs[:0]
-	if l.pingDue || l.ackDue {
+	if l.pingDue || l.ackDue || l.ackSoon && (len(b) > 0 || len(l.prio) > 0 || s.out.pending()) {
 		block := s.in.block(l.recvData)
 		s.told, l.toldData = max(s.told, block.limit), l.recvData
 		if l.pingDue {
@@ -427,7 +514,7 @@ func (l *link) gather(b []byte, clock func() time.Duration) ([]byte, *outFrame) 
 		} else {
 			b = appendFrame(b, header{typ: typeAck}, appendAck(nil, block))
 		}
-		l.pingDue, l.ackDue = false, false
+		l.pingDue, l.ackDue, l.ackSoon = false, false, false
 	}
 	var now time.Duration
 	for len(b) < batchMax {

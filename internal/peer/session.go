@@ -101,7 +101,12 @@ func (s *Session) Send(ctx context.Context, kind uint8, parts ...[]byte) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	defer func() { s.sendRight <- struct{}{} }()
+	held := true
+	defer func() {
+		if held {
+			s.sendRight <- struct{}{}
+		}
+	}()
 	cost := int64(total) + int64(max(1, (total+maxPayload-1)/maxPayload))*frameCost(0)
 	// The credit for all of it first: a message that was begun must be ended.
 	for {
@@ -112,7 +117,13 @@ func (s *Session) Send(ctx context.Context, kind uint8, parts ...[]byte) error {
 			return cause
 		}
 		if ok {
-			return s.push(cut(next, kind, parts, total, &s.pool), total)
+			direct, err := s.push(cut(next, kind, parts, total, &s.pool), total)
+			held = false
+			s.sendRight <- struct{}{}
+			if direct != nil {
+				direct.write()
+			}
+			return err
 		}
 		select {
 		case <-s.credit:
@@ -124,16 +135,17 @@ func (s *Session) Send(ctx context.Context, kind uint8, parts ...[]byte) error {
 	}
 }
 
-// push queues sealed frames; the caller holds the right to send.
-func (s *Session) push(fs []*outFrame, total int) error {
+// push queues sealed frames; the caller holds the right to send. The turn that it
+// returns, if any, is the caller's to take.
+func (s *Session) push(fs []*outFrame, total int) (*turn, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.cause != nil {
-		return s.cause
+		return nil, s.cause
 	}
-	idle := len(s.out.frames) == 0
+	idle, behind := len(s.out.frames) == 0, s.out.pending()
 	s.out.add(fs)
-	if len(fs) == 1 && s.out.redundant+int64(len(fs[0].buf)) <= redundantMax && total <= redundantMax {
+	if len(fs) == 1 && total <= redundantMax && s.out.redundant+int64(len(fs[0].buf)) <= redundantMax {
 		f := fs[0]
 		f.copied = true
 		s.out.redundant += int64(len(f.buf))
@@ -143,13 +155,18 @@ func (s *Session) push(fs []*outFrame, total int) error {
 			}
 		}
 	}
+	var mine *turn
 	for _, l := range s.links {
-		l.wake.Signal()
+		if mine == nil && !behind && len(fs) == 1 && total <= directMax && l.direct() {
+			mine = l.takeTurn()
+		} else {
+			l.signal()
+		}
 	}
 	if idle {
 		poke(s.kick)
 	}
-	return nil
+	return mine, nil
 }
 
 // Recv returns the next message in order. Once the session is lost it returns
