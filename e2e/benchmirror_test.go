@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -21,11 +22,16 @@ import (
 
 // qsd is a qemu-storage-daemon on sock that exports image, of which the NBD server on
 // port has a second copy: by quorum, or by the job that beginMirror begins.
-func qsd(how, sock, image string, port int) []string {
-	args := []string{testenvQSD, "--blockdev", "driver=file,node-name=a0,filename=" + image + ",discard=unmap", "--blockdev", "driver=raw,node-name=a,file=a0",
-		"--blockdev", fmt.Sprintf("driver=nbd,node-name=b,server.type=inet,server.host=127.0.0.1,server.port=%d,export=disk0", port)}
+func qsd(how, dir, sock, image string, port int) []string {
+	args := []string{testenvQSD, "--blockdev", "driver=file,node-name=a0,filename=" + image + ",discard=unmap", "--blockdev", "driver=raw,node-name=a,file=a0"}
+	far := fmt.Sprintf("driver=nbd,node-name=b,server.type=inet,server.host=127.0.0.1,server.port=%d,export=disk0", port)
+	if how == "quorum with TLS" {
+		args = append(args, "--object", "tls-creds-psk,id=t,endpoint=client,username=qemu,dir="+dir)
+		far += ",tls-creds=t"
+	}
+	args = append(args, "--blockdev", far)
 	top := "a"
-	if how == "quorum" {
+	if strings.HasPrefix(how, "quorum") {
 		top = "q"
 		args = append(args, "--blockdev", "driver=quorum,node-name=q,vote-threshold=2,children.0=a,children.1=b")
 	}
@@ -74,6 +80,14 @@ func beginMirror(t *testing.T, sock string) {
 	}
 }
 
+// contender is one of the servers that are compared.
+type contender struct {
+	name  string
+	start func(sock string) (args, env []string)
+	far   bool // it needs the NBD server
+	tls   bool // which speaks TLS
+}
+
 // TestBenchMirroredDisk compares a disk that is mirrored write by write over a
 // session on the loopback device with QEMU's quorum and blockdev-mirror of a local
 // file and an NBD server on the same device; and block checksums with none.
@@ -89,42 +103,46 @@ func TestBenchMirroredDisk(t *testing.T) {
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	image := benchReplica(t, filepath.Join(dir, "a"), benchDiskSize, false)
 	remote := benchReplica(t, filepath.Join(dir, "b"), benchDiskSize, false)
-	benchReplica(t, filepath.Join(dir, "plain"), benchDiskSize, true)
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	port := freePort(t)
-	far := exec.Command(qemuNBD, "-f", "raw", "-t", "-b", "127.0.0.1", "-p", strconv.Itoa(port), "-e", "8", "-x", "disk0", remote)
+	far := []string{"-f", "raw", "-t", "-b", "127.0.0.1", "-p", strconv.Itoa(port), "-e", "8", "-x", "disk0"}
+	if err := os.WriteFile(filepath.Join(dir, "keys.psk"), []byte("qemu:"+strings.Repeat("5a", 32)+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	farTLS := []string{"--object", "tls-creds-psk,id=t,endpoint=server,dir=" + dir, "--tls-creds", "t"}
 	ours := func(env func(sock string) []string) func(sock string) ([]string, []string) {
 		return func(sock string) ([]string, []string) { return []string{self}, env(sock) }
 	}
 	theirs := func(how string) func(sock string) ([]string, []string) {
-		return func(sock string) ([]string, []string) { return qsd(how, sock, image, port), nil }
+		return func(sock string) ([]string, []string) { return qsd(how, dir, sock, image, port), nil }
 	}
 	a, o := filepath.Join(dir, "a"), filepath.Join(dir, "b")
-	type contender struct {
-		name  string
-		start func(sock string) (args, env []string)
-		far   bool // it needs the NBD server
-	}
 	mirrors := []contender{
-		{"perdure", ours(func(s string) []string { return diskserver.EnvMirrored(a, o, s) }), false},
-		{"quorum", theirs("quorum"), true},
-		{"blockdev-mirror", theirs("mirror"), true},
+		{name: "perdure", start: ours(func(s string) []string { return diskserver.EnvMirrored(a, o, s) })},
+		{name: "quorum", start: theirs("quorum"), far: true},
+		{name: "blockdev-mirror", start: theirs("mirror"), far: true},
+		{name: "quorum with TLS", start: theirs("quorum with TLS"), far: true, tls: true},
 	}
 	sums := []contender{
-		{"with checksums", ours(func(s string) []string { return diskserver.Env(a, s) }), false},
-		{"without", ours(func(s string) []string { return diskserver.Env(filepath.Join(dir, "plain"), s) }), false},
+		{name: "with checksums", start: ours(func(s string) []string { return diskserver.Env(filepath.Join(dir, "sums"), s) })},
+		{name: "without", start: ours(func(s string) []string { return diskserver.Env(filepath.Join(dir, "plain"), s) })},
 	}
 	measure := func(row diskRow, list []contender) [][]sample {
 		got := make([][]sample, len(list))
 		for range *benchDiskRounds {
 			for i, c := range list {
+				var peer *exec.Cmd
 				if c.far {
-					far = exec.Command(far.Args[0], far.Args[1:]...)
-					far.Stderr = os.Stderr
-					if err := far.Start(); err != nil {
+					args := slices.Clone(far)
+					if c.tls {
+						args = append(args, farTLS...)
+					}
+					peer = exec.Command(qemuNBD, append(args, remote)...)
+					peer.Stderr = os.Stderr
+					if err := peer.Start(); err != nil {
 						t.Fatal(err)
 					}
 				}
@@ -139,8 +157,8 @@ func TestBenchMirroredDisk(t *testing.T) {
 				}
 				got[i] = append(got[i], runDisk(t, fio, s, row, sock, image))
 				if c.far {
-					_ = far.Process.Kill()
-					_ = far.Wait()
+					_ = peer.Process.Kill()
+					_ = peer.Wait()
 				}
 			}
 		}
@@ -148,11 +166,36 @@ func TestBenchMirroredDisk(t *testing.T) {
 	}
 	for _, row := range diskRows {
 		if row.rw != "read" {
-			b.compared("disk, mirrored, "+row.name+", over the better of quorum and blockdev-mirror", 1.2, mirrors[0].name, []string{mirrors[1].name, mirrors[2].name}, measure(row, mirrors))
+			b.compareIf("disk, mirrored, "+row.name+", over the better of quorum and blockdev-mirror", 1.2, mirrors[:3], row, measure)
+			b.compareIf("disk, mirrored, "+row.name+", over quorum with TLS as well", 1.2, []contender{mirrors[0], mirrors[3]}, row, measure)
 		}
-		b.compared("disk, "+row.name+", with block checksums over without", 0.9, sums[0].name, []string{sums[1].name}, measure(row, sums))
 	}
-	b.addedLatency()
+	for _, d := range []string{"a", "b"} {
+		_ = os.RemoveAll(filepath.Join(dir, d))
+	}
+	for _, row := range diskRows { // both replicas are made in the same way, and only this is done to them
+		image = benchReplica(t, filepath.Join(dir, "sums"), benchDiskSize, false)
+		benchReplica(t, filepath.Join(dir, "plain"), benchDiskSize, true)
+		b.compareIf("disk, "+row.name+", with block checksums over without", 0.9, sums, row, measure)
+		for _, d := range []string{"sums", "plain"} {
+			_ = os.RemoveAll(filepath.Join(dir, d))
+		}
+	}
+	if rowWanted("disk, mirrored 4 KiB write, over the peer's own write and a round trip") {
+		b.addedLatency()
+	}
+}
+
+// compareIf measures and notes a row, if it is wanted: the first contender over the best of the others.
+func (b *bench) compareIf(name string, goal float64, list []contender, row diskRow, measure func(diskRow, []contender) [][]sample) {
+	if !rowWanted(name) {
+		return
+	}
+	var others []string
+	for _, c := range list[1:] {
+		others = append(others, c.name)
+	}
+	b.compared(name, goal, list[0].name, others, measure(row, list))
 }
 
 // compared notes a ratio: the first one's median over the best of the others.
@@ -198,7 +241,7 @@ var metric = regexp.MustCompile(`([0-9.]+) (ratio|mirrored-µs|own-µs|trip-µs)
 func (b *bench) addedLatency() {
 	got := map[string][]float64{}
 	for range *benchDiskRounds {
-		out, err := exec.Command("go", "test", "-run", "^$", "-bench", "^BenchmarkMirroredWrite$", "-benchtime", "20000x", "perdure/internal/shim").CombinedOutput()
+		out, err := exec.Command("go", "test", "-run", "^$", "-bench", "^BenchmarkMirroredWrite$", "-benchtime", "20000x", "perdure/internal/diskcheck/diskserver").CombinedOutput()
 		if err != nil {
 			b.t.Fatalf("BenchmarkMirroredWrite: %v\n%s", err, out)
 		}

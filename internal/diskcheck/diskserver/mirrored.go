@@ -38,6 +38,7 @@ const (
 	kindRequest = 1
 	kindDone    = 2
 	kindData    = 3
+	kindEcho    = 4 // is answered by as little as a request is, and nothing done
 )
 
 // identity is what one side shows the other, PEM.
@@ -75,6 +76,39 @@ func (i identity) config() (peer.Config, error) {
 
 // mirrored puts a mirror between the clients and v; stop ends the other side.
 func mirrored(ctx context.Context, v *blockstore.Volume, dir string) (_ nbd.Backend, stop func(), err error) {
+	sess, end, err := other(ctx, dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	src := mirror.NewSource([]mirror.Replica{v})
+	stop = func() { src.Close(); end() }
+	if err := join(ctx, src, sess, func() {}); err != nil {
+		stop()
+		return nil, nil, err
+	}
+	return src.Export(0), stop, nil
+}
+
+// join has a mirror write to the other side too. echo is called for each answer to
+// a message of kindEcho.
+func join(ctx context.Context, src *mirror.Source, sess *peer.Session, echo func()) error {
+	go func() {
+		for m, err := sess.Recv(ctx); err == nil; m, err = sess.Recv(ctx) {
+			switch m.Kind {
+			case kindEcho:
+				echo()
+			case kindDone:
+				if src.Done(m.Payload) != nil {
+					return
+				}
+			}
+		}
+	}()
+	return src.Join(func(p ...[]byte) error { return sess.Send(ctx, kindRequest, p...) }, func() error { return nil })
+}
+
+// other begins a process with the replica in dir, and a session with it.
+func other(ctx context.Context, dir string) (_ *peer.Session, stop func(), err error) {
 	mine, theirs, err := newIdentities()
 	if err != nil {
 		return nil, nil, err
@@ -114,17 +148,8 @@ func mirrored(ctx context.Context, v *blockstore.Volume, dir string) (_ nbd.Back
 		stop()
 		return nil, nil, err
 	}
-	src := mirror.NewSource([]mirror.Replica{v})
-	go func() {
-		for m, err := sess.Recv(ctx); err == nil; m, err = sess.Recv(ctx) {
-			if m.Kind == kindDone && src.Done(m.Payload) != nil {
-				return
-			}
-		}
-	}()
-	err = src.Join(func(p ...[]byte) error { return sess.Send(ctx, kindRequest, p...) }, func() error { return nil })
 	end := stop
-	return src.Export(0), func() { src.Close(); sess.Close("end"); end() }, err
+	return sess, func() { sess.Close("end"); end() }, nil
 }
 
 // follow is the other side; it ends with its session, or by SIGTERM.
@@ -165,7 +190,12 @@ func follow(ctx context.Context, dir, told string) (err error) {
 		if err != nil {
 			return nil // it is over
 		}
-		if err := dst.Take(m.Payload); err != nil {
+		if m.Kind == kindEcho {
+			err = sess.Send(ctx, kindEcho, m.Payload[:8])
+		} else {
+			err = dst.Take(m.Payload)
+		}
+		if err != nil {
 			return err
 		}
 	}
