@@ -84,7 +84,7 @@ func TestCarried(t *testing.T) {
 			o := r.own()
 			r.join()
 			e, ctx := r.src.Export(0), context.Background()
-			if err := e.WriteAt(ctx, fill(7, 4096), 4096, false); err != nil {
+			if err := put(ctx, e, fill(7, 4096), 4096, false); err != nil {
 				t.Fatal(err)
 			}
 			r.mine.failing(syscall.EIO, syscall.EIO)
@@ -93,7 +93,7 @@ func TestCarried(t *testing.T) {
 			go func() {
 				switch op {
 				case "write":
-					answers <- e.WriteAt(ctx, fill(9, 4096), 4096, false)
+					answers <- put(ctx, e, fill(9, 4096), 4096, false)
 				case "zero":
 					answers <- e.Zero(ctx, 4096, 4096, false, true)
 				case "flush":
@@ -111,7 +111,7 @@ func TestCarried(t *testing.T) {
 				waits(t, answers, "only the peer has it, and the record does not say so")
 			}
 			other := make(chan error, 1)
-			go func() { other <- e.WriteAt(ctx, fill(5, 4096), 8192, true) }()
+			go func() { other <- put(ctx, e, fill(5, 4096), 8192, true) }()
 			waits(t, other, "only the peer has it, and the record does not say so")
 			r.src.Carry(true)
 			if err := inTime(t, other); err != nil {
@@ -151,19 +151,19 @@ func TestNotCarried(t *testing.T) {
 	r.join()
 	e, ctx := r.src.Export(0), context.Background()
 	r.mine.failing(syscall.EINVAL, nil)
-	if err := e.WriteAt(ctx, fill(1, 512), 0, false); !errors.Is(err, syscall.EINVAL) || len(o.news) != 0 {
+	if err := put(ctx, e, fill(1, 512), 0, false); !errors.Is(err, syscall.EINVAL) || len(o.news) != 0 {
 		t.Errorf("a bad call: %v, %d news", err, len(o.news))
 	}
 	o.agree = false
 	r.mine.failing(syscall.ENOSPC, syscall.EIO)
-	if err := e.WriteAt(ctx, fill(1, 512), 0, false); !errors.Is(err, syscall.ENOSPC) {
+	if err := put(ctx, e, fill(1, 512), 0, false); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("write: %v", err)
 	}
 	if err := e.ReadAt(ctx, make([]byte, 512), 0); !errors.Is(err, syscall.EIO) {
 		t.Errorf("read: %v", err)
 	}
 	r.mine.failing(nil, nil)
-	if err := e.WriteAt(ctx, fill(2, 512), 0, false); err != nil || r.mine.bytes(false)[0] != 2 {
+	if err := put(ctx, e, fill(2, 512), 0, false); err != nil || r.mine.bytes(false)[0] != 2 {
 		t.Errorf("after there was room again: %v", err)
 	}
 }
@@ -177,7 +177,7 @@ func TestAloneBeforeCarried(t *testing.T) {
 	e, ctx := r.src.Export(0), context.Background()
 	r.mine.failing(syscall.ENOSPC, nil)
 	answers := make(chan error, 1)
-	go func() { answers <- e.WriteAt(ctx, fill(1, 512), 0, false) }()
+	go func() { answers <- put(ctx, e, fill(1, 512), 0, false) }()
 	o.wait(t, "lost 0: no space left on device")
 	waits(t, answers, "nobody decided")
 	r.src.Alone()
@@ -185,7 +185,7 @@ func TestAloneBeforeCarried(t *testing.T) {
 		t.Errorf("the guest was told %v", err)
 	}
 	r.mine.failing(nil, nil)
-	if err := e.WriteAt(ctx, fill(3, 512), 0, false); err != nil || r.mine.bytes(false)[0] != 3 {
+	if err := put(ctx, e, fill(3, 512), 0, false); err != nil || r.mine.bytes(false)[0] != 3 {
 		t.Errorf("with room again: %v", err)
 	}
 }
@@ -199,13 +199,13 @@ func TestNobodyIsLeft(t *testing.T) {
 	e, ctx := r.src.Export(0), context.Background()
 	r.src.Carry(true)
 	r.mine.failing(syscall.EIO, syscall.EIO)
-	if err := e.WriteAt(ctx, fill(1, 512), 0, false); err != nil {
+	if err := put(ctx, e, fill(1, 512), 0, false); err != nil {
 		t.Fatal(err)
 	}
 	o.wait(t, "lost 0: input/output error")
 	r.cutNow()
 	answers := make(chan error, 4)
-	go func() { answers <- e.WriteAt(ctx, fill(2, 512), 0, false) }()
+	go func() { answers <- put(ctx, e, fill(2, 512), 0, false) }()
 	go func() { answers <- e.Flush(ctx) }()
 	go func() { answers <- e.ReadAt(ctx, make([]byte, 512), 4096) }()
 	go func() { answers <- e.Fetch(make([]byte, 512), 8192) }()
@@ -234,7 +234,7 @@ func TestStalled(t *testing.T) {
 	e, ctx := r.src.Export(0), context.Background()
 	stall.Store(true)
 	stuck := make(chan error, 1)
-	go func() { stuck <- e.WriteAt(ctx, fill(1, 4096), 0, false) }()
+	go func() { stuck <- put(ctx, e, fill(1, 4096), 0, false) }()
 	waits(t, stuck, "the local replica stands")
 	if !r.src.GiveUp(0, syscall.ETIMEDOUT) {
 		t.Fatal("not given up")
@@ -242,7 +242,7 @@ func TestStalled(t *testing.T) {
 	o.wait(t, "lost 0: connection timed out")
 	r.src.Carry(true)
 	again := make(chan error, 1)
-	go func() { again <- e.WriteAt(ctx, fill(2, 4096), 0, false) }()
+	go func() { again <- put(ctx, e, fill(2, 4096), 0, false) }()
 	if err := inTime(t, again); err != nil {
 		t.Fatal(err)
 	}
@@ -276,7 +276,7 @@ func TestPeerReads(t *testing.T) {
 			for n := range 40 {
 				off := int64(c) * (64 << 10)
 				want := fill(byte(1+n), 16<<10)
-				if err := e.WriteAt(ctx, want, off, n%3 == 0); err != nil {
+				if err := put(ctx, e, want, off, n%3 == 0); err != nil {
 					t.Errorf("write: %v", err)
 				}
 				got := make([]byte, len(want))
@@ -341,7 +341,7 @@ func TestRefill(t *testing.T) {
 	o := r.own()
 	r.join()
 	e, ctx := r.src.Export(0), context.Background()
-	if err := e.WriteAt(ctx, fill(1, 1<<20), 100<<10, false); err != nil {
+	if err := put(ctx, e, fill(1, 1<<20), 100<<10, false); err != nil {
 		t.Fatal(err)
 	}
 	fresh := newMem(size)
@@ -350,7 +350,7 @@ func TestRefill(t *testing.T) {
 	}
 	r.mine.failing(syscall.EIO, syscall.EIO)
 	r.src.Carry(true)
-	if err := e.WriteAt(ctx, fill(2, 4096), 0, false); err != nil {
+	if err := put(ctx, e, fill(2, 4096), 0, false); err != nil {
 		t.Fatal(err)
 	}
 	o.wait(t, "lost 0: input/output error")
@@ -379,7 +379,7 @@ func TestRefill(t *testing.T) {
 				case 2:
 					err = e.ReadAt(ctx, p, off)
 				default:
-					err = e.WriteAt(ctx, p, off, rnd.IntN(8) == 0)
+					err = put(ctx, e, p, off, rnd.IntN(8) == 0)
 				}
 				if err != nil {
 					t.Errorf("while refilling: %v", err)
@@ -413,7 +413,7 @@ func TestRefill(t *testing.T) {
 	}
 	fresh.failing(syscall.EIO, nil)
 	answers := make(chan error, 1)
-	go func() { answers <- e.WriteAt(ctx, fill(9, 4096), 0, false) }()
+	go func() { answers <- put(ctx, e, fill(9, 4096), 0, false) }()
 	o.wait(t, "lost 0: input/output error")
 	waits(t, answers, "the record may say that this side has it")
 	r.src.Carry(true)
@@ -444,7 +444,7 @@ func TestRefillFails(t *testing.T) {
 			e, ctx := r.src.Export(0), context.Background()
 			r.src.Carry(true)
 			r.mine.failing(syscall.EIO, syscall.EIO)
-			if err := e.WriteAt(ctx, fill(1, size), 0, false); err != nil {
+			if err := put(ctx, e, fill(1, size), 0, false); err != nil {
 				t.Fatal(err)
 			}
 			fresh := newMem(size)
@@ -456,7 +456,7 @@ func TestRefillFails(t *testing.T) {
 				t.Errorf("refill: %v", err)
 			}
 			r.theirs.failing(nil, nil)
-			if err := e.WriteAt(ctx, fill(2, 4096), 0, true); err != nil {
+			if err := put(ctx, e, fill(2, 4096), 0, true); err != nil {
 				t.Errorf("write afterwards: %v", err)
 			}
 			if err := r.src.Refill(ctx, 0, newMem(size), func(int64) {}, func() error { return nil }); err != nil {
@@ -526,7 +526,7 @@ func TestTwoDisks(t *testing.T) {
 	ctx := context.Background()
 	write := func(n int, b byte) {
 		t.Helper()
-		if err := r.src.Export(n).WriteAt(ctx, fill(b, 4096), 0, false); err != nil {
+		if err := put(ctx, r.src.Export(n), fill(b, 4096), 0, false); err != nil {
 			t.Fatal(err)
 		}
 	}

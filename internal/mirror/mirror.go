@@ -11,7 +11,7 @@
 //
 // Concurrency: all methods may be called from any goroutine, but Target.Take,
 // which takes the messages of one stream in their order. There is no goroutine
-// in a Source; a Target has one for each request that may take long.
+// in a Source, but for a change that waits for its owner; a Target has one for each request that may take long.
 //
 // Failure: a Source whose peer is gone answers no change until Alone says that
 // the peer does not count any more: nothing that only one side has is
@@ -154,6 +154,7 @@ func (s *Source) Alone() {
 		s.restore()
 		s.mu.Unlock()
 		close(l.alone)
+		l.callAll(nil)
 	}
 }
 
@@ -186,7 +187,14 @@ func (s *Source) Oldest() time.Duration {
 }
 
 // Close fails all requests that wait, and all later changes.
-func (s *Source) Close() { s.once.Do(func() { close(s.closed) }) }
+func (s *Source) Close() {
+	s.once.Do(func() {
+		close(s.closed)
+		if l := s.link.Load(); l != nil {
+			l.callAll(ErrClosed)
+		}
+	})
+}
 
 // link is one peer, from Join to Alone.
 type link struct {
@@ -207,17 +215,24 @@ type pending struct {
 	buf   []byte // of a read: where the answer is put
 	err   error  // of a read, once done is closed
 	done  chan struct{}
+	then  func(error) // of StartWrite, guarded by link.mu: called by who takes it from here
 }
 
 func (l *link) answered(id uint64) error {
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	p := l.waiting[id]
 	if p == nil || p.buf != nil {
+		l.mu.Unlock()
 		return fmt.Errorf("answer to request %d of a mirror, which is not under way", id)
 	}
 	delete(l.waiting, id)
+	then := p.then
+	p.then = nil
 	close(p.done)
+	l.mu.Unlock()
+	if then != nil {
+		then(nil)
+	}
 	return nil
 }
 
@@ -267,10 +282,8 @@ func (e *Export) change(ctx context.Context, h head, data []byte, do func(Replic
 	s := e.s
 	s.gate.RLock()
 	defer s.gate.RUnlock()
-	select {
-	case <-s.closed:
+	if s.isClosed() {
 		return ErrClosed
-	default:
 	}
 	l := s.link.Load()
 	if l == nil {
@@ -298,7 +311,7 @@ func (e *Export) change(ctx context.Context, h head, data []byte, do func(Replic
 	return s.await(ctx, l, p, err == nil, err)
 }
 
-// Export is one disk of a Source; it implements nbd.Backend, nbd.Allocator and nbd.Waiter.
+// Export is one disk of a Source; it implements nbd.Backend, nbd.Allocator, nbd.Waiter and nbd.Starter.
 type Export struct {
 	s       *Source
 	n       atomic.Int64 // number of the disk; it does not change while there is a peer

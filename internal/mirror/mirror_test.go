@@ -173,7 +173,7 @@ func TestAnsweredMeansBoth(t *testing.T) {
 				p := bytes.Repeat([]byte{byte(1 + n)}, 512)
 				off := own + int64(rnd.IntN(8))*512
 				fua := rnd.IntN(3) == 0
-				if err := e.WriteAt(ctx, p, off, fua); err != nil {
+				if err := put(ctx, e, p, off, fua); err != nil {
 					t.Errorf("write: %v", err)
 				}
 				durable := fua
@@ -196,7 +196,7 @@ func TestAnsweredMeansBoth(t *testing.T) {
 					if err != nil {
 						t.Errorf("zero: %v", err)
 					}
-				} else if err := e.WriteAt(ctx, bytes.Repeat([]byte{byte(c*30 + n)}, 1024), at, false); err != nil {
+				} else if err := put(ctx, e, bytes.Repeat([]byte{byte(c*30 + n)}, 1024), at, false); err != nil {
 					t.Errorf("write: %v", err)
 				}
 			}
@@ -217,7 +217,7 @@ func TestLongWrite(t *testing.T) {
 	for n := range p {
 		p[n] = byte(n >> 12)
 	}
-	if err := r.src.Export(0).WriteAt(context.Background(), p, 2048, true); err != nil {
+	if err := put(context.Background(), r.src.Export(0), p, 2048, true); err != nil {
 		t.Fatal(err)
 	}
 	for _, m := range []*mem{r.mine, r.theirs} {
@@ -233,13 +233,13 @@ func TestNothingIsAnsweredAlone(t *testing.T) {
 	r := newRig(t, 64<<10)
 	r.join()
 	e, ctx := r.src.Export(0), context.Background()
-	if err := e.WriteAt(ctx, make([]byte, 512), 0, false); err != nil {
+	if err := put(ctx, e, make([]byte, 512), 0, false); err != nil {
 		t.Fatal(err)
 	}
 	r.cutNow()
 	answers := make(chan error, 4)
-	go func() { answers <- e.WriteAt(ctx, bytes.Repeat([]byte{7}, 512), 0, false) }()
-	go func() { answers <- e.WriteAt(ctx, bytes.Repeat([]byte{7}, 512), 256, false) }() // behind the first
+	go func() { answers <- put(ctx, e, bytes.Repeat([]byte{7}, 512), 0, false) }()
+	go func() { answers <- put(ctx, e, bytes.Repeat([]byte{7}, 512), 256, false) }() // behind the first
 	go func() { answers <- e.Zero(ctx, 8192, 512, false, true) }()
 	go func() { answers <- e.Flush(ctx) }()
 	for end := time.Now().Add(20 * time.Second); r.src.Oldest() == 0; time.Sleep(time.Millisecond) {
@@ -284,7 +284,7 @@ func TestJoinUnderLoad(t *testing.T) {
 						return
 					default:
 					}
-					if err := e.WriteAt(ctx, bytes.Repeat([]byte{byte(n)}, 4096), int64(c)*8192+int64(n%2)*4096, false); err != nil {
+					if err := put(ctx, e, bytes.Repeat([]byte{byte(n)}, 4096), int64(c)*8192+int64(n%2)*4096, false); err != nil {
 						t.Errorf("write: %v", err)
 					}
 				}
@@ -312,7 +312,7 @@ func TestTargetFails(t *testing.T) {
 	r.theirs.fail = syscall.EIO
 	r.join()
 	answer := make(chan error, 1)
-	go func() { answer <- r.src.Export(0).WriteAt(context.Background(), make([]byte, 512), 0, false) }()
+	go func() { answer <- put(context.Background(), r.src.Export(0), make([]byte, 512), 0, false) }()
 	if err := <-r.failed; !errors.Is(err, syscall.EIO) {
 		t.Errorf("failed with %v", err)
 	}
@@ -332,7 +332,7 @@ func TestLocalFailure(t *testing.T) {
 	r := newRig(t, 64<<10)
 	r.mine.fail = syscall.ENOSPC
 	r.join()
-	if err := r.src.Export(0).WriteAt(context.Background(), make([]byte, 512), 0, false); !errors.Is(err, syscall.ENOSPC) {
+	if err := put(context.Background(), r.src.Export(0), make([]byte, 512), 0, false); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("got %v", err)
 	}
 }

@@ -236,7 +236,7 @@ func TestFioVerifies(t *testing.T) {
 	fio := testenv.Tool(t, "fio")
 	_, _, uri := exported(t, 64<<20)
 	for _, job := range [][]string{
-		{"--bs=4k", "--iodepth=1", "--io_size=4M"}, {"--bs=512-64k", "--bs_unaligned=0", "--blockalign=512", "--iodepth=16", "--io_size=32M"}, {"--bs=4k", "--iodepth=64", "--io_size=24M"}, {"--bs=1M", "--iodepth=8", "--io_size=64M"},
+		{"--bs=4k", "--iodepth=1", "--io_size=4M"}, {"--bs=512-64k", "--bs_unaligned=0", "--blockalign=512", "--iodepth=16", "--io_size=32M", "--serialize_overlap=1"}, {"--bs=4k", "--iodepth=64", "--io_size=24M"}, {"--bs=1M", "--iodepth=8", "--io_size=64M"},
 	} {
 		args := append([]string{"--name=v", "--ioengine=nbd", "--uri=" + uri, "--rw=randwrite", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1",
 			"--randseed=7", "--thread", "--size=64M", "--fsync=64", "--verify_state_save=0"}, job...)

@@ -16,6 +16,9 @@ import (
 // errGoodbye ends the reading of a connection after NBD_CMD_DISC.
 var errGoodbye = errors.New("nbd: client disconnected")
 
+// errEnded takes answers that come when the connection is over.
+var errEnded = errors.New("nbd: the connection has ended")
+
 // readSize is the read buffer of a connection; larger payloads bypass it.
 const readSize = 64 << 10
 
@@ -39,6 +42,8 @@ type conn struct {
 	pace pace
 
 	minder minder
+
+	started started
 }
 
 // source lets a buffered reader go on with a link where it began with a net.Conn.
@@ -83,9 +88,11 @@ func (s *server) transmit(ctx context.Context, l link, r *bufio.Reader, ses sess
 	c.wg.Add(1)
 	c.worker(ctx)
 	c.wg.Wait()
+	c.settle(ctx)
 	close(c.minder.quit)
 	minding.Wait()
 	err := c.out.flush()
+	c.out.end()
 	switch {
 	case errors.Is(c.err, errGoodbye), errors.Is(c.err, io.EOF), errors.Is(c.err, syscall.ECONNRESET):
 		// A client may end by closing its socket too; what it has not read is lost to nobody.
@@ -142,7 +149,8 @@ func (c *conn) lead(ctx context.Context, w *replier, hd []byte) (task, leading) 
 			c.err = err
 			break
 		}
-		if !t.quick() || c.waits() || !c.pace.inline() {
+		waits := c.waits()
+		if !t.quick() || waits && !c.canStart(t) || !c.pace.inline() {
 			c.passOn(ctx)
 			return t, handedOn
 		}
@@ -150,7 +158,16 @@ func (c *conn) lead(ctx context.Context, w *replier, hd []byte) (task, leading) 
 		op := c.op
 		start := time.Now()
 		c.minder.begin(op)
-		c.serve(ctx, w, t)
+		if waits {
+			if !c.start(ctx, t) {
+				if c.minder.end(op) {
+					c.passOn(ctx)
+				}
+				return t, handedOn
+			}
+		} else {
+			c.serve(ctx, w, t)
+		}
 		if !c.minder.end(op) {
 			return task{}, deposed
 		}

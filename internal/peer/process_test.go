@@ -56,7 +56,7 @@ func child(args []string) error {
 		Verify:  func(tls.ConnectionState) error { return nil },
 		Remote:  args[1:],
 		Silence: childSilence, MaxSilence: childSilence,
-		Urgent:  func(_ uint8, p []byte) { fmt.Println("got", string(p)) },
+		Urgent: func(_ uint8, p []byte) { fmt.Println("got", string(p)) },
 	})
 	if err != nil {
 		return err

@@ -15,7 +15,7 @@ type servedDisk interface {
 
 // diskSlot is a disk as QEMU sees it, whatever the level: what stands behind it
 // changes with the level, while QEMU stays connected. It implements nbd.Backend,
-// nbd.Allocator and nbd.Waiter.
+// nbd.Allocator, nbd.Waiter and nbd.Starter.
 //
 // Invariant: requests that began before a change have ended when it returns, so none
 // escapes what the new level asks of it.
@@ -60,6 +60,24 @@ func (s *diskSlot) WriteAt(ctx context.Context, p []byte, off int64, fua bool) e
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return s.b.WriteAt(ctx, p, off, fua)
+}
+
+// StartWrite implements nbd.Starter, where what stands behind does.
+func (s *diskSlot) StartWrite(ctx context.Context, p []byte, off int64, done func(error)) bool {
+	if !s.mu.TryRLock() {
+		return false
+	}
+	b, ok := s.b.(nbd.Starter)
+	if ok {
+		ok = b.StartWrite(ctx, p, off, func(err error) {
+			s.mu.RUnlock()
+			done(err)
+		})
+	}
+	if !ok {
+		s.mu.RUnlock()
+	}
+	return ok
 }
 
 // Zero implements nbd.Backend.
