@@ -247,15 +247,16 @@ func (c *diskCarrier) watchDisks() {
 	}
 	for n, d := range disks {
 		i.mu.Lock()
-		w, cuts := i.watches[d.ID], i.nbdCuts
+		w, cuts, slots := i.watches[d.ID], i.nbdCuts, i.slots
 		i.mu.Unlock()
-		if w == nil {
+		if w == nil || n >= len(slots) {
 			continue
 		}
 		c.heal(n, d.ID, w)
 		if w.Oldest() < stallLimit || !i.mirror.GiveUp(n, fmt.Errorf("no answer for %v: %w", stallLimit, syscall.ETIMEDOUT)) {
 			continue
 		}
+		slots[n].renew()
 		for _, cut := range cuts { // what waits in the kernel waits on: QEMU connects again and asks anew
 			select {
 			case cut <- struct{}{}:

@@ -33,6 +33,10 @@ const unplugLimit = 20 * time.Second
 // leftLimit is how long the leaving of a pair that the record has ended may take.
 const leftLimit = 5 * time.Second
 
+// hotStopLimit is how long the end of a disk's server is waited for: longer than its
+// grace (nbd.Options), after which only what the kernel holds is left.
+const hotStopLimit = 5 * time.Second
+
 var errDisksChange = errors.New("the VM's disks are being changed just now")
 
 // hotDisk is what a disk has that was given to the running guest: a server of its own.
@@ -67,7 +71,15 @@ func (i *instance) serveHot(id string, b nbd.Backend) (hotDisk, error) {
 			i.log.Error("disk server ended", "disk", id, "error", err)
 		}
 	}()
-	h.stop = sync.OnceFunc(func() { cancel(); ln.Close(); <-done })
+	h.stop = sync.OnceFunc(func() {
+		cancel()
+		ln.Close()
+		select {
+		case <-done:
+		case <-time.After(hotStopLimit): // a request stands in a device that does not answer
+			i.log.Error("requests to a disk do not end", "disk", id)
+		}
+	})
 	return h, nil
 }
 
@@ -379,16 +391,17 @@ func (p *primary) plug(ctx context.Context, d model.DiskSpec) (err error) {
 		return err
 	}
 	v := blockstore.NewVolume(st, blockstore.VolumeOptions{})
-	slot := &diskSlot{b: v}
+	var b servedDisk = v
 	if i.mirror != nil {
 		e, err := i.mirror.Add(v)
 		if err != nil {
 			return err
 		}
-		slot.b = e
+		b = e
 		v.SetFetch(e.Fetch)
 		undo = append(undo, func() { i.mirror.Remove(len(i.vols)) }) //nolint:errcheck // it was the last, and there is no peer
 	}
+	slot := newSlot(b)
 	h, err := i.serveHot(d.ID, slot)
 	if err != nil {
 		return err
@@ -606,15 +619,16 @@ func (p *primary) exchange(n int, d model.DiskSpec) error {
 		}
 		st.Detach()
 		v := blockstore.NewVolume(st, blockstore.VolumeOptions{})
-		slot := &diskSlot{b: v}
+		var b servedDisk = v
 		if i.mirror != nil {
 			e, err := i.mirror.Replace(n, v)
 			if err != nil {
 				return errors.Join(err, st.Close())
 			}
-			slot.b = e
+			b = e
 			v.SetFetch(e.Fetch)
 		}
+		slot := newSlot(b)
 		h, err := i.serveHot(d.ID, slot)
 		if err != nil {
 			return errors.Join(err, st.Close())
