@@ -343,8 +343,8 @@ func (p *primary) replaceDisk(id string) (string, error) {
 		return "", fmt.Errorf("at level %s the host that runs the VM has good disks, or it does not run there: replace the disk of the other host", p.s.cfg.Spec.Level)
 	}
 	c.mu.Lock()
-	why, busy := c.why[n], c.filling[n] != nil
-	if why != nil && !busy {
+	why, busy, granted := c.why[n], c.filling[n] != nil, c.granted
+	if why != nil && !busy && granted {
 		c.filling[n], c.begun[n] = &model.Progress{What: "disk " + id, Total: p.s.cfg.Spec.Disks[n].Size, ETASeconds: -1}, time.Now()
 	}
 	c.mu.Unlock()
@@ -353,6 +353,9 @@ func (p *primary) replaceDisk(id string) (string, error) {
 		return "", fmt.Errorf("the replica of disk %s on host %s is good: there is nothing to replace", id, p.s.cfg.Host)
 	case busy:
 		return "", fmt.Errorf("disk %s is being filled already", id)
+	case !granted:
+		// Until then it may be all that is left of what was written.
+		return "", fmt.Errorf("the cluster has not noted yet that the replica of disk %s on host %s has failed: bring a majority of the voters back first", id, p.s.cfg.Host)
 	}
 	st, err := c.freshStore(n)
 	if err != nil {
