@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -432,7 +433,12 @@ func (c *diskCarrier) refill(n int, st *blockstore.Store) {
 	c.why[n] = fmt.Errorf("the new one could not be filled: %w", err)
 	c.mu.Unlock()
 	st.GiveUp(err)
-	go func() { _ = st.Close() }() // its space is needed, and it may hang
+	if p.inst.store(n) == st { // it failed in the moment in which it was adopted
+		go p.inst.closers.at(n)()
+	} else {
+		p.inst.notFresh(st)
+		go func() { _ = st.Close() }() // its space is needed, and it may hang
+	}
 	c.showProblem()
 }
 
@@ -460,6 +466,8 @@ func (c *diskCarrier) adopt(n int, st *blockstore.Store, v *blockstore.Volume) e
 	i.mu.Lock()
 	i.stores[n], i.vols[n] = st, v
 	i.mu.Unlock()
+	i.closers.set(n, func() { st.Close() }) // the old one is being closed, or stands still
+	i.notFresh(st)
 	return nil
 }
 
@@ -485,10 +493,19 @@ func (c *diskCarrier) fillStatus(st *shimapi.Status) {
 	}
 }
 
-// closeFresh closes the replicas that took the place of failed ones.
+// notFresh notes that a new replica is somebody else's to close.
+func (i *instance) notFresh(st *blockstore.Store) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.fresh = slices.DeleteFunc(i.fresh, func(f *blockstore.Store) bool { return f == st })
+}
+
+// closeFresh closes the replicas that were still being filled; the guest's requests end
+// with the mirror, which closes before.
 func (i *instance) closeFresh() {
 	i.mu.Lock()
 	fresh := i.fresh
+	i.fresh = nil
 	i.mu.Unlock()
 	for _, st := range fresh {
 		_ = st.Close() // one that failed has said so

@@ -485,7 +485,6 @@ func (p *primary) unplug(ctx context.Context, id string) error {
 func (p *primary) dropDisk(id string) error {
 	i, s := p.inst, p.s
 	var closeStore func()
-	var st *blockstore.Store
 	var err error
 	p.swapDisks(func() {
 		n := slices.IndexFunc(s.cfg.Spec.Disks, func(d model.DiskSpec) bool { return d.ID == id })
@@ -497,7 +496,7 @@ func (p *primary) dropDisk(id string) error {
 				return
 			}
 		}
-		closeStore, st = i.closers.at(n), i.stores[n]
+		closeStore = i.closers.at(n)
 		delete(i.watches, id)
 		i.stores, i.clean, i.vols = without(i.stores, n), without(i.clean, n), without(i.vols, n)
 		i.slots, p.disks.list = without(i.slots, n), without(p.disks.list, n)
@@ -510,24 +509,7 @@ func (p *primary) dropDisk(id string) error {
 	}
 	i.setHot(id, nil)
 	closeStore()
-	i.closeRenewed(st)
 	return nil
-}
-
-// closeRenewed closes a replica that took the place of the one that the disk was opened with, see carry.go.
-func (i *instance) closeRenewed(st *blockstore.Store) {
-	i.mu.Lock()
-	n := slices.Index(i.fresh, st)
-	if n >= 0 {
-		i.fresh = slices.Delete(i.fresh, n, n+1)
-	}
-	i.mu.Unlock()
-	if n < 0 {
-		return
-	}
-	if err := st.Close(); err != nil {
-		i.log.Error("close a replica", "error", err)
-	}
 }
 
 func without[T any](l []T, n int) []T { return slices.Delete(slices.Clone(l), n, n+1) }
@@ -601,9 +583,7 @@ func (p *primary) exchange(n int, d model.DiskSpec) error {
 	i, s := p.inst, p.s
 	dir := filepath.Join(i.cfg.Dir, shimapi.DiskDir)
 	now := s.cfg.Spec.Disks[n]
-	old := i.store(n)
 	i.closers.at(n)()
-	i.closeRenewed(old)
 	grown := blockstore.Grow(vfs.OS{}, dir, d.ID, d.Size)
 	if grown == nil {
 		now.Size = d.Size

@@ -2,6 +2,7 @@ package shim
 
 import (
 	"context"
+	"log/slog"
 	"math/rand/v2"
 	"path/filepath"
 	"strings"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	"perdure/internal/blockstore"
+	"perdure/internal/mirror"
 	"perdure/internal/model"
 	"perdure/internal/shimapi"
 	"perdure/internal/vfs"
@@ -81,4 +83,53 @@ func TestReplaceWaitsForTheRecord(t *testing.T) {
 	}
 	w.store.cut(false, "a", "b")
 	f.recover()
+}
+
+// TestRenewedReplicaOutlivesQEMU: a replica that took the place of a failed one is closed
+// as the others are: when the QEMU that writes to it has ended, whatever the level was
+// changed to meanwhile. Closed before, it would call itself clean, with writes behind that.
+func TestRenewedReplicaOutlivesQEMU(t *testing.T) {
+	open := func(state model.ReplicaState) *blockstore.Store {
+		mem := vfs.NewMem()
+		if err := blockstore.Create(mem, "/d", blockstore.Params{ID: "disk0", Size: 1 << 20, State: state}); err != nil {
+			t.Fatal(err)
+		}
+		st, err := blockstore.Open(mem, "/d", "disk0", blockstore.Options{})
+		if err == nil {
+			_, err = st.Replay()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return st
+	}
+	old, renewed := open(model.UpToDate), open(model.Inconsistent)
+	log := slog.New(slog.DiscardHandler)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	s := &Shim{log: log, ctx: ctx, tl: newTimeline("vm1", "a", nil, log)}
+	s.cfg.Spec = model.VMSpec{Level: model.LevelCA, Disks: []model.DiskSpec{{ID: "disk0", Size: 1 << 20}}}
+	i := &instance{cfg: s.cfg, log: log, hot: new(hotDisks), closers: new(storeClosers), stores: []*blockstore.Store{old},
+		vols: []*blockstore.Volume{blockstore.NewVolume(old, blockstore.VolumeOptions{})}}
+	i.cfg.Dir = t.TempDir()
+	i.onEnd(i.closers.close)
+	i.closers.add(func() { old.Close() })
+	i.mirror = mirror.NewSource(i.replicas())
+	i.onClose(func() { // QEMU ends
+		if renewed.Meta().Clean || old.Meta().Clean {
+			t.Error("a replica was closed while QEMU was still there")
+		}
+	})
+	p := &primary{s: s, inst: i, ctx: ctx}
+	p.disks = newDisks(s, i)
+	c := &diskCarrier{p: p}
+	i.fresh = append(i.fresh, renewed)
+	if err := c.adopt(0, renewed, blockstore.NewVolume(renewed, blockstore.VolumeOptions{})); err != nil {
+		t.Fatal(err)
+	}
+	old.GiveUp(syscall.EIO)
+	i.again(model.LevelNone).close()
+	if !renewed.Meta().Clean {
+		t.Error("the new replica was not closed")
+	}
 }
