@@ -37,7 +37,7 @@ const leftLimit = 5 * time.Second
 // grace (nbd.Options), after which only what the kernel holds is left.
 const hotStopLimit = 5 * time.Second
 
-var errDisksChange = errors.New("the VM's disks are being changed just now")
+var errDisksChange = errors.New(shimapi.DisksChanging)
 
 // hotDisk is what a disk has that was given to the running guest: a server of its own.
 type hotDisk struct {
