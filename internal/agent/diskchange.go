@@ -43,6 +43,10 @@ import (
 const (
 	// alonePatience bounds the leaving of a pair.
 	alonePatience = 30 * time.Second
+	// tellPatience bounds a change of a guest's disks. A replica that is made larger is first
+	// made durable, which a slow disk takes its time for.
+	tellPatience = 10 * time.Minute
+	tellAgainIn  = 500 * time.Millisecond
 	// keptDir holds the data of detached disks, in a VM's disk directory.
 	keptDir = "kept"
 )
@@ -481,7 +485,7 @@ func (a *Agent) changeDisks(ctx context.Context, op *operation, vm string, c dis
 	from := model.PinSlots(old.Disks)
 	if !c.plug {
 		op.say("waiting for the guest to let go of the disk")
-		if err := a.tellDisks(ctx, vm, list); err != nil {
+		if _, err := a.tellDisksToEnd(ctx, vm, list); err != nil {
 			return true, err
 		}
 		known, err := store(from, list)
@@ -494,9 +498,12 @@ func (a *Agent) changeDisks(ctx context.Context, op *operation, vm string, c dis
 		return known, err
 	}
 	op.say("the guest gets it")
-	if err := a.tellDisks(ctx, vm, list); err != nil {
+	if ended, err := a.tellDisksToEnd(ctx, vm, list); err != nil {
 		if back := a.guestHas(ctx, vm, list); back {
 			return true, nil // only the answer was lost
+		}
+		if !ended {
+			return false, err // the specification stays: the guest has it so, or will
 		}
 		known, rerr := store(list, from)
 		return known && rerr == nil, errors.Join(err, rerr)
@@ -581,6 +588,18 @@ func (a *Agent) tellDisks(ctx context.Context, vm string, list []model.DiskSpec)
 	ctx, cancel := context.WithTimeout(ctx, opTimeout)
 	defer cancel()
 	return a.shimOpHere(ctx, vm, shimapi.Op{Op: "disks", Value: string(value)})
+}
+
+// tellDisksToEnd is tellDisks for who has to know what became of it: a shim that takes longer than
+// an answer is waited for goes on, and is asked again. ended is false where it was still at it.
+func (a *Agent) tellDisksToEnd(ctx context.Context, vm string, list []model.DiskSpec) (ended bool, err error) {
+	for late := time.Now().Add(tellPatience); ; {
+		err = a.tellDisks(ctx, vm, list)
+		busy := err != nil && (api.ClassOf(err) == api.Timeout || strings.Contains(err.Error(), shimapi.DisksChanging))
+		if !busy || time.Now().After(late) || !sleep(ctx, tellAgainIn) {
+			return !busy, err
+		}
+	}
 }
 
 // liveDisks asks the shim here which disks its guest has; false: it does not say.

@@ -371,3 +371,40 @@ func TestDisksOfRunningVM(t *testing.T) {
 	b.wantFiles("v1", "disk0.meta", "disk0.raw", "late.meta", "late.raw")
 	wantErr(t, "the replica that the guest runs from", a.replace("v1", "disk0", "a"), api.Refused, "runs VM")
 }
+
+// TestDiskChangeThatTakesLong: a change that the shim has not ended yet is neither a failed one, whose
+// replica may be removed and whose specification is taken back, nor a done one.
+func TestDiskChangeThatTakesLong(t *testing.T) {
+	t.Parallel()
+	testenv.Root(t)
+	a, _, _ := trio(t)
+	hotplugVM(t, a)
+	slow := filepath.Join(a.cfg.VMDir("v1"), "slow-disks")
+	if err := os.WriteFile(slow, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	op, err := a.ag.AttachDisk(t.Context(), "v1", api.AttachDisk{Size: 2 << 20, ID: "data"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the guest is being given the disk", 20*time.Second, func() bool {
+		op, err = a.ag.Operation(t.Context(), op.ID)
+		return err == nil && (op.Text == "the guest gets it" || op.State != api.OperationRunning)
+	})
+	time.Sleep(1500 * time.Millisecond) // so long it takes, and longer than the agent asks again
+	if op, err = a.ag.Operation(t.Context(), op.ID); err != nil || op.State != api.OperationRunning {
+		t.Errorf("the operation is %s while its shim is at it: %s", op.State, op.Text)
+	}
+	a.wantDisks("v1", "disk0 4 @10, data 2 @11")
+	a.wantFiles("v1", "data.meta", "data.raw", "disk0.meta", "disk0.raw")
+	if err := os.Remove(slow); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.ended(op, nil); err != nil {
+		t.Error(err)
+	}
+	a.await("v1", "duplex again", duplex)
+	if got := a.guestDisks("v1"); got != "disk0 4 @10, data 2 @11" {
+		t.Errorf("the guest has %q", got)
+	}
+}

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -342,10 +343,24 @@ func (f *fake) op(op shimapi.Op) error {
 		if exists(filepath.Join(f.cfg.Dir, "refuse-disks")) {
 			return fmt.Errorf("the guest does not want to")
 		}
+		if exists(filepath.Join(f.cfg.Dir, "slow-disks")) {
+			go f.changeDisks(want.Disks) // longer than anybody waits for the answer
+			return errors.New(shimapi.DisksChanging)
+		}
 		f.disks = want.Disks
 		return nil
 	}
 	return fmt.Errorf("unknown operation %q", op.Op)
+}
+
+// changeDisks brings a change to its end when the test lets it.
+func (f *fake) changeDisks(want []model.DiskSpec) {
+	for exists(filepath.Join(f.cfg.Dir, "slow-disks")) {
+		time.Sleep(5 * time.Millisecond)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.disks = want
 }
 
 // changeLevel brings a change to its end when the test lets it.

@@ -39,7 +39,7 @@ func bits(bs ...bool) byte {
 
 func appendRecord(b []byte, r model.Record) []byte {
 	b = append(b, byte(r.Term), modeCodes[r.Mode], hostCode(r.Primary.Host), runCode(r.Primary.Run),
-		hostCode(r.Secondary.Host), runCode(r.Secondary.Run), hostCode(r.Survivor), byte(len(r.Branch)), r.Wanted[0])
+		hostCode(r.Secondary.Host), runCode(r.Secondary.Run), hostCode(r.Survivor), byte(len(r.Branch)), r.Wanted[0], r.Level[0])
 	for _, h := range hostNames {
 		rep := r.Replicas[h]
 		if rep.State == "" {
@@ -117,7 +117,7 @@ func (w *world) code(b []byte) []byte {
 		b = w.appendHost(b, &w.h[i])
 	}
 	l := w.left
-	for _, v := range [...]int8{l.epoch, l.crash, l.power, l.freeze, l.lost, l.connect, l.protect, l.survOn, l.survOff, l.off, l.handover, l.silence, l.start, l.blind, l.paused, l.unknown, l.unread, l.disk, l.diskFail, l.refill, w.runs} {
+	for _, v := range [...]int8{l.epoch, l.crash, l.power, l.freeze, l.lost, l.connect, l.protect, l.survOn, l.survOff, l.off, l.handover, l.silence, l.start, l.blind, l.paused, l.unknown, l.unread, l.disk, l.diskFail, l.refill, l.level, w.runs} {
 		b = append(b, byte(v))
 	}
 	codes := make([][12]byte, len(w.msgs))

@@ -46,6 +46,7 @@ const (
 	mvSilence
 	mvReap
 	mvWanted
+	mvLevel // arg: which, see levelNames
 	mvDiskFail
 	mvRefill
 	mvRefilled
@@ -56,6 +57,9 @@ type move struct {
 	h    int8
 	arg  uint8
 }
+
+// levelNames are those that an agent may write down.
+var levelNames = []model.Level{model.LevelNone, model.LevelCA, model.LevelFT}
 
 // moves lists everything that can happen next.
 func (w *world) moves(ms []move) []move {
@@ -212,6 +216,13 @@ func (w *world) agentMoves(h int, add func(moveKind, int, int)) {
 	if w.left.paused > 0 && r.Mode != model.ModeStopped {
 		add(mvWanted, h, 0)
 	}
+	if w.left.level > 0 && (r.Mode == model.ModeStopped || r.Mode == model.ModeSimplex && r.Primary.Host == name) {
+		for i, l := range levelNames {
+			if l != r.Level {
+				add(mvLevel, h, i)
+			}
+		}
+	}
 	if hs.side != nil {
 		if hs.running && r.Mode == model.ModeDuplex && r.Primary.Host == name {
 			if w.left.survOn > 0 && !hs.side.survOn {
@@ -294,7 +305,7 @@ func (w *world) apply(m move) *world {
 		}
 	case mvCrash, mvPowerCut, mvPowerOn, mvFreeze, mvThaw:
 		n.applyFault(m)
-	case mvSpawn, mvStart, mvStartDisk, mvSilence, mvReap, mvWanted, mvSurvOn, mvSurvWrite, mvSurvOff, mvSurvClear, mvSurvSteal:
+	case mvSpawn, mvStart, mvStartDisk, mvSilence, mvReap, mvWanted, mvLevel, mvSurvOn, mvSurvWrite, mvSurvOff, mvSurvClear, mvSurvSteal:
 		n.applyAgent(m)
 	default:
 		n.applyDriver(m)
@@ -416,6 +427,10 @@ func (w *world) applyAgent(m move) {
 		w.left.paused--
 		n, err := SetWanted(r, model.WantPaused)
 		ask("wanted paused", n, err)
+	case mvLevel:
+		w.left.level--
+		n, err := SetLevel(r, levelNames[m.arg])
+		ask("level "+string(levelNames[m.arg]), n, err)
 	case mvSurvOn:
 		w.left.survOn--
 		w.step(h, EvSurvivor{On: true})

@@ -244,6 +244,11 @@ func scenarios() []*scenario {
 		mk("ca: it fails under the survivor right", initDuplexCA, budget{epoch: 2, diskFail: 1, refill: 1, survOn: 1, survOff: 1, lost: 1}),
 		mk("ca: it fails, the guest powers off", initDuplexCA, budget{epoch: 2, diskFail: 1, off: 1, lost: 1, unknown: 1, start: 1}),
 		mk("ca: it fails, frozen and thawed", initDuplexCA, budget{epoch: 2, diskFail: 1, refill: 1, freeze: 2, lost: 2}),
+		mk("level: written down while alone, protected by the new one", initSimplex, budget{epoch: 2, level: 1, protect: 1, connect: 1, unknown: 1}),
+		mk("level: it meets a protection, answers are lost", initSimplex, budget{epoch: 1, level: 2, protect: 2, unknown: 1, lost: 1}),
+		mk("level: of a pair that is left", initDuplexCA, budget{epoch: 2, level: 2, lost: 1, unknown: 1, protect: 1, connect: 1}),
+		mk("level: the disk fails, and the level was another", initDuplexCA, budget{epoch: 2, level: 1, diskFail: 1, refill: 1, lost: 1, protect: 1, connect: 1}),
+		mk("level: of a VM that is stopped, and started", initDuplex, budget{epoch: 1, off: 1, level: 2, start: 1, crash: 1, disk: 1}),
 		mk("duplex: takeover, return, protect again", initDuplex, budget{epoch: 2, crash: 1, protect: 1, connect: 1, disk: 1}),
 	}
 }
@@ -281,7 +286,7 @@ func TestExplore(t *testing.T) {
 	fmt.Println(line)
 	t.Log(line)
 	for _, k := range []string{"start on", "booted on", "protect on", "duplex with", "secondary dropped", "takeover by",
-		"switchover to", "replica on lost", "replica on whole again", "start from disk on", "power-off", "survivor", "survivor removed", "wanted paused", "settle an unresolved swap"} {
+		"switchover to", "replica on lost", "replica on whole again", "start from disk on", "power-off", "survivor", "survivor removed", "wanted paused", "level none", "level ca", "level ft", "settle an unresolved swap"} {
 		if !seen[k] && limit >= 50_000 {
 			t.Errorf("no scenario reached a change of the kind %q", k)
 		}
@@ -301,7 +306,7 @@ func TestWalks(t *testing.T) {
 		walks = 100
 	}
 	left := budget{epoch: 20, crash: 3, power: 2, freeze: 2, lost: 5, connect: 6, protect: 4, survOn: 2, survOff: 2,
-		off: 1, handover: 2, silence: 1, start: 2, blind: 1, paused: 1, unknown: 8, unread: 4, disk: 4, diskFail: 2, refill: 2}
+		off: 1, handover: 2, silence: 1, start: 2, blind: 1, paused: 1, unknown: 8, unread: 4, disk: 4, diskFail: 2, refill: 2, level: 3}
 	inits := []func(*world){initDuplex, initSyncing, initSimplex, initStopped, initDuplexCA, initCarried}
 	steps, healed := 0, 0
 	for seed := range uint64(walks) {

@@ -126,6 +126,7 @@ type budget struct {
 	disk     int8 // starts from disk that an agent asks for
 	diskFail int8 // the primary's disk fails
 	refill   int8 // and is filled anew
+	level    int8 // an agent writes down another level
 }
 
 type world struct {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -87,6 +88,8 @@ func (e *Export) lose(l *local, err error) bool {
 	switch now := e.local.Load(); {
 	case now != l:
 		return !now.reads // somebody else has seen it fail
+	case s.link.Load() == nil:
+		return false // there is nobody to go on with; restore has taken back what was given up
 	case s.owner.Lost == nil, errors.Is(err, syscall.EINVAL), errors.Is(err, context.Canceled), errors.Is(err, syscall.ESHUTDOWN):
 		return false
 	case errors.Is(err, ErrUnreadable), errors.Is(err, errNoPeer):
@@ -106,8 +109,80 @@ func (s *Source) GiveUp(n int, err error) bool {
 	if l.r == nil || !e.lose(l, err) {
 		return false
 	}
+	// What waits is asked anew, by a client that is cut off now: it must not come after that.
+	e.overlap.Load().abandon()
 	e.overlap.Store(new(ranges))
 	return true
+}
+
+// errGivenUp answers what waited for a replica that was given up.
+var errGivenUp = fmt.Errorf("the replica was given up meanwhile: %w", syscall.ESHUTDOWN)
+
+// refuse ends a change that is asked anew elsewhere. Nobody is to hear an error of
+// it, so it waits, for a while, until its client is cut off.
+func (e *Export) refuse(ctx context.Context) error {
+	t := time.NewTimer(refuseAfter)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-e.s.closed:
+		return ErrClosed
+	case <-t.C:
+		return errGivenUp
+	}
+}
+
+// refuseAfter is how long a client may take to be cut off.
+const refuseAfter = 5 * time.Second
+
+// stay is a change that holds the gate of its Source.
+type stay struct {
+	s    *Source
+	left atomic.Bool
+}
+
+// leave gives the gate back, once.
+func (y *stay) leave() {
+	if y.left.CompareAndSwap(false, true) {
+		y.s.gate.RUnlock()
+	}
+}
+
+// insiders are the changes that a local replica is carrying out. When another one has
+// taken its place, those that still stand in it hold up nobody any more: whatever
+// becomes of them, nothing counts on that replica, and they were sent to the peer before.
+type insiders struct {
+	mu   sync.Mutex
+	list map[*stay]*local
+}
+
+// in runs do, which may never return.
+func (e *Export) in(y *stay, here *local, do func(Replica) error) error {
+	i := &e.inside
+	i.mu.Lock()
+	if i.list == nil {
+		i.list = map[*stay]*local{}
+	}
+	i.list[y] = here
+	i.mu.Unlock()
+	if now := e.local.Load(); now != here && now.reads {
+		y.leave() // it comes too late to be forgotten
+	}
+	err := do(here.r)
+	i.mu.Lock()
+	delete(i.list, y)
+	i.mu.Unlock()
+	return err
+}
+
+// forgetAll lets all who are inside leave. No change of the replica that counts is under way.
+func (i *insiders) forgetAll() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for y := range i.list {
+		y.leave()
+	}
 }
 
 // restore takes back what was given up while nothing had been carried. mu is held.
@@ -125,8 +200,8 @@ func (s *Source) restore() {
 }
 
 // await waits until the peer has carried p out; and, unless held here, until that
-// is enough.
-func (s *Source) await(ctx context.Context, l *link, p *pending, held bool, failure error) error {
+// is enough, or is held here after all: again, if it is not nil, sees to that.
+func (s *Source) await(ctx context.Context, l *link, p *pending, held bool, failure error, again func() bool) error {
 	done := p.done
 	for {
 		var carry <-chan struct{}
@@ -134,7 +209,10 @@ func (s *Source) await(ctx context.Context, l *link, p *pending, held bool, fail
 			if held {
 				return nil
 			}
-			carry = s.mayCarry()
+			carry = s.mayCarry() // before again looks
+			if again != nil && again() {
+				return nil
+			}
 		}
 		select {
 		case <-done:
@@ -184,11 +262,15 @@ func (e *Export) readPeer(ctx context.Context, p []byte, off int64) error {
 	}()
 	for len(p) > 0 {
 		n := min(len(p), maxPiece)
-		asked = append(asked, l.begin(head{Op: opRead, Disk: uint32(e.n.Load()), Off: off, Len: int64(n)}, nil, p[:n]))
+		a, err := l.begin(ctx, head{Op: opRead, Disk: uint32(e.n.Load()), Off: off, Len: int64(n)}, nil, p[:n])
+		if err != nil {
+			return err
+		}
+		asked = append(asked, a)
 		p, off = p[n:], off+int64(n)
 	}
 	for _, a := range asked {
-		if err := s.await(ctx, l, a, true, errNoPeer); err != nil {
+		if err := s.await(ctx, l, a, true, errNoPeer, nil); err != nil {
 			return err
 		}
 		if a.err != nil {

@@ -21,13 +21,15 @@ func (s *Source) Add(r Replica) (*Export, error) {
 }
 
 // Remove takes disk n out, which nobody uses any more; those behind it move up. Only
-// while there is no peer.
-func (s *Source) Remove(n int) error {
+// while there is no peer. It waits for all changes under way, and then for also, which
+// does the same to what else numbers the disks.
+func (s *Source) Remove(n int, also func()) error {
 	s.gate.Lock()
 	defer s.gate.Unlock()
 	if s.link.Load() != nil {
 		return errJoined
 	}
+	also()
 	s.set(slices.Delete(slices.Clone(s.disks()), n, n+1))
 	return nil
 }

@@ -13,7 +13,11 @@ func TestChangeOfDisks(t *testing.T) {
 	if err != nil || s.Export(2) != e {
 		t.Fatal(err)
 	}
-	if err := s.Remove(0); err != nil {
+	if err := s.Remove(0, func() {
+		if len(s.disks()) != 3 {
+			t.Error("numbered anew before the others")
+		}
+	}); err != nil {
 		t.Fatal(err)
 	}
 	if s.Export(1) != e || e.n.Load() != 1 || s.Export(0).n.Load() != 0 || len(s.disks()) != 2 {
@@ -30,7 +34,7 @@ func TestChangeOfDisks(t *testing.T) {
 	if _, err := s.Add(a); err == nil {
 		t.Error("a disk was added while a peer follows")
 	}
-	if err := s.Remove(0); err == nil {
+	if err := s.Remove(0, func() { t.Error("others were told") }); err == nil {
 		t.Error("a disk was removed while a peer follows")
 	}
 	if _, err := s.Replace(0, a); err == nil {

@@ -246,11 +246,15 @@ func (l *link) oldest(now time.Time) (d time.Duration) {
 }
 
 // begin sends a request; buf is where the answer to a read is put. It does not tell whether that failed: whoever finds the
-// stream broken tells the owner, who decides, and until then nothing is answered.
-func (l *link) begin(h head, data, buf []byte) *pending {
+// stream broken tells the owner, who decides, and until then nothing is answered. Its error is that of a context that
+// has ended: a client that was cut off asks anew, and nothing of before comes behind that in the stream.
+func (l *link) begin(ctx context.Context, h head, data, buf []byte) (*pending, error) {
 	p := &pending{since: time.Now(), buf: buf, done: make(chan struct{})}
 	l.order.Lock()
 	defer l.order.Unlock()
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
 	h.ID = l.next.Add(1)
 	p.id = h.ID
 	l.mu.Lock()
@@ -260,13 +264,13 @@ func (l *link) begin(h head, data, buf []byte) *pending {
 		piece := h
 		piece.Off, piece.Len, piece.Flags = off, maxPiece, h.Flags&^flagFUA|flagMore
 		if l.send(piece.encode(), data[:maxPiece]) != nil {
-			return p
+			return p, nil
 		}
 		off += maxPiece
 		h.Off, h.Len = off, h.Len-maxPiece
 	}
 	_ = l.send(h.encode(), data) // see above
-	return p
+	return p, nil
 }
 
 func (h head) encode() []byte {
@@ -281,7 +285,8 @@ func (h head) encode() []byte {
 func (e *Export) change(ctx context.Context, h head, data []byte, do func(Replica) error) error {
 	s := e.s
 	s.gate.RLock()
-	defer s.gate.RUnlock()
+	y := &stay{s: s}
+	defer y.leave()
 	if s.isClosed() {
 		return ErrClosed
 	}
@@ -294,21 +299,49 @@ func (e *Export) change(ctx context.Context, h head, data []byte, do func(Replic
 		return do(here.r)
 	}
 	h.Disk = uint32(e.n.Load()) // now, under the gate: the number may have changed before there was a peer
+	o := e.overlap.Load()
 	if h.Op != opFlush {
-		o := e.overlap.Load()
 		held := o.lock(h.Off, h.Off+h.Len)
+		if held == nil {
+			return e.refuse(ctx)
+		}
 		defer o.unlock(held)
 	}
-	p := l.begin(h, data, nil)
 	here := e.local.Load() // after the lock, see copyPiece
-	if here.r == nil {
-		return s.await(ctx, l, p, false, here.err)
+	if o.abandoned() {
+		return e.refuse(ctx) // what is here by now does not know of this lock
 	}
-	err := do(here.r)
+	p, err := l.begin(ctx, h, data, nil)
+	if err != nil {
+		return err
+	}
+	var again func() bool
+	if h.Op == opFlush {
+		again = func() bool { return e.flushed(ctx) }
+	}
+	if here.r == nil {
+		return s.await(ctx, l, p, false, here.err, again)
+	}
+	err = e.in(y, here, do)
 	if err != nil && !e.lose(here, err) {
 		return err
 	}
-	return s.await(ctx, l, p, err == nil, err)
+	return s.await(ctx, l, p, err == nil, err, again)
+}
+
+// flushed sees to a FLUSH that the peer alone has carried out, and whose disk has come back here
+// meanwhile: nobody will say any more that the peer is enough. (A change holds its
+// range, and no disk comes back before it has ended.)
+func (e *Export) flushed(ctx context.Context) bool {
+	here := e.local.Load()
+	if !here.reads {
+		return false
+	}
+	err := here.r.Flush(ctx)
+	if err != nil {
+		e.lose(here, err) // if nobody agrees to that, it waits for the peer's loss, and fails then
+	}
+	return err == nil
 }
 
 // Export is one disk of a Source; it implements nbd.Backend, nbd.Allocator, nbd.Waiter and nbd.Starter.
@@ -318,6 +351,7 @@ type Export struct {
 	size    int64
 	local   atomic.Pointer[local]
 	overlap atomic.Pointer[ranges]
+	inside  insiders
 	fetched fetches
 }
 

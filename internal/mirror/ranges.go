@@ -1,24 +1,34 @@
 package mirror
 
-import "sync"
+import (
+	"slices"
+	"sync"
+)
 
 // ranges lets requests whose bytes overlap run one after the other, in the order
 // in which they came. It is meant for some tens of requests at a time.
 type ranges struct {
 	mu   sync.Mutex
 	list []*held // in order of arrival, waiting and running
+	over bool    // see abandon
 }
 
 type held struct {
 	start, end int64
-	wake       chan struct{} // closed when the entry may run
+	wake       chan struct{} // closed when the entry may run, or never will
 	waiting    bool
+	refused    bool
 }
 
-// lock waits until no earlier request overlaps start … end-1.
+// lock waits until no earlier request overlaps start … end-1. It returns nil when
+// the ranges are abandoned: then the request must not be carried out.
 func (r *ranges) lock(start, end int64) *held {
 	e := &held{start: start, end: end}
 	r.mu.Lock()
+	if r.over {
+		r.mu.Unlock()
+		return nil
+	}
 	if e.waiting = r.blocked(e, len(r.list)); e.waiting {
 		e.wake = make(chan struct{})
 	}
@@ -27,8 +37,31 @@ func (r *ranges) lock(start, end int64) *held {
 	r.mu.Unlock()
 	if wait != nil {
 		<-wait
+		if e.refused {
+			return nil
+		}
 	}
 	return e
+}
+
+// abandon refuses all that wait, and all that come. Those that run go on.
+func (r *ranges) abandon() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.over = true
+	r.list = slices.DeleteFunc(r.list, func(x *held) bool {
+		if x.waiting {
+			x.waiting, x.refused = false, true
+			close(x.wake)
+		}
+		return x.refused
+	})
+}
+
+func (r *ranges) abandoned() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.over
 }
 
 // blocked reports whether one of the first n entries overlaps e. mu is held.

@@ -61,6 +61,9 @@ func (s *Source) Refill(ctx context.Context, n int, r Replica, progress func(don
 	}
 	o := e.overlap.Load()
 	held := o.lock(0, e.Size())
+	if held == nil {
+		return errGivenUp
+	}
 	defer o.unlock(held)
 	if err := r.Flush(ctx); err != nil {
 		return fmt.Errorf("make the copy durable: %w", err)
@@ -88,6 +91,7 @@ func (s *Source) takeBack(e *Export, filled *local) error {
 	if !e.local.CompareAndSwap(filled, &local{r: filled.r, reads: true}) {
 		return fmt.Errorf("the new copy has failed: %w", e.local.Load().err)
 	}
+	e.inside.forgetAll() // of the replica before, which is never used again
 	if len(s.Carried()) > 0 {
 		return nil
 	}
@@ -131,6 +135,9 @@ func (e *Export) copyPeer(ctx context.Context, l *local, progress func(int64)) e
 func (e *Export) copyPiece(ctx context.Context, l *local, p []byte, off int64) error {
 	o := e.overlap.Load()
 	held := o.lock(off, off+int64(len(p)))
+	if held == nil {
+		return errGivenUp
+	}
 	defer o.unlock(held)
 	if e.local.Load() != l {
 		return fmt.Errorf("the new copy has failed: %w", e.local.Load().err)

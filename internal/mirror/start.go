@@ -14,34 +14,39 @@ func (e *Export) StartWrite(ctx context.Context, p []byte, off int64, done func(
 	if !s.gate.TryRLock() {
 		return false
 	}
-	l, held := s.link.Load(), (*held)(nil)
-	o := e.overlap.Load()
-	if l != nil && !s.isClosed() && e.local.Load().r != nil {
+	y := &stay{s: s}
+	l, o := s.link.Load(), e.overlap.Load()
+	var held *held
+	if l != nil && !s.isClosed() {
 		held = o.tryLock(off, off+int64(len(p)))
 	}
 	if held == nil {
-		s.gate.RUnlock()
+		y.leave()
 		return false
 	}
 	end := func(err error) {
 		o.unlock(held)
-		s.gate.RUnlock()
+		y.leave()
 		done(err)
 	}
-	q := l.begin(head{Op: opWrite, Disk: uint32(e.n.Load()), Off: off, Len: int64(len(p))}, p, nil)
 	here := e.local.Load() // after the lock, see copyPiece
-	if here.r == nil {
-		go func() { end(s.await(ctx, l, q, false, here.err)) }()
-		return true
+	var q *pending
+	if here.r != nil && !o.abandoned() {
+		q, _ = l.begin(ctx, head{Op: opWrite, Disk: uint32(e.n.Load()), Off: off, Len: int64(len(p))}, p, nil)
 	}
-	err := here.r.WriteAt(ctx, p, off, false)
+	if q == nil {
+		o.unlock(held)
+		y.leave()
+		return false
+	}
+	err := e.in(y, here, func(r Replica) error { return r.WriteAt(ctx, p, off, false) })
 	switch {
 	case err == nil:
 		s.then(l, q, end)
 	case !e.lose(here, err):
 		end(err)
 	default:
-		go func() { end(s.await(ctx, l, q, false, err)) }()
+		go func() { end(s.await(ctx, l, q, false, err, nil)) }()
 	}
 	return true
 }
@@ -100,7 +105,7 @@ func (r *ranges) tryLock(start, end int64) *held {
 	e := &held{start: start, end: end}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.blocked(e, len(r.list)) {
+	if r.over || r.blocked(e, len(r.list)) {
 		return nil
 	}
 	r.list = append(r.list, e)

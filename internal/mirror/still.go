@@ -4,8 +4,11 @@ package mirror
 // returns its error; changes in the range wait meanwhile, so f should be short.
 // What f finds equal or different on the two sides is so.
 func (s *Source) Still(n int, off, length int64, f func() error) error {
-	o := s.Export(n).overlap.Load()
-	e := o.lock(off, off+length)
-	defer o.unlock(e)
-	return f()
+	for {
+		o := s.Export(n).overlap.Load()
+		if e := o.lock(off, off+length); e != nil {
+			defer o.unlock(e)
+			return f()
+		}
+	}
 }

@@ -8,8 +8,8 @@ import (
 
 // Backend is one disk. All methods may be called concurrently. Offsets and
 // lengths are in bytes, multiples of MinBlock, within Size and not empty. The
-// context ends when the server is stopped and its grace is over, not when the
-// client goes away. A buffer passed in must not be kept after the method has
+// context ends when the server is stopped and its grace is over, and when the
+// connection is cut off (Options.Cut), not when the client goes away. A buffer passed in must not be kept after the method has
 // returned.
 type Backend interface {
 	// Size is the length of the disk; it must not change while it is served.

@@ -145,6 +145,13 @@ const (
 func (c *conn) lead(ctx context.Context, w *replier, hd []byte) (task, leading) {
 	for c.err == nil {
 		t, err := c.next(hd)
+		if err == nil && ctx.Err() != nil {
+			// It was cut off: what is left in the buffer is asked anew, or was.
+			err = net.ErrClosed
+			if t.buf != nil {
+				c.release(t.buf)
+			}
+		}
 		if err != nil {
 			c.err = err
 			break

@@ -24,7 +24,9 @@ type Options struct {
 	Took func(d time.Duration)
 
 	// Cut, if set, ends all connections for each element, without answering what is
-	// under way: a client that connects again asks anew.
+	// under way: a client that connects again asks anew. The context of what is under way
+	// has ended before such a client is served, and nothing more of a connection that was
+	// cut is begun.
 	Cut <-chan struct{}
 
 	// Closed, if set, is called once for each connection that ended, with the export
@@ -67,6 +69,7 @@ type server struct {
 type slot struct {
 	nc   net.Conn
 	link link // once in transmission
+	stop context.CancelFunc
 }
 
 // Serve answers clients on ln until ctx ends (then it returns nil) or ln fails.
@@ -128,13 +131,16 @@ func (s *server) accept(ctx, work context.Context, ln net.Listener, conns *sync.
 			}
 			return err
 		}
-		sl := &slot{nc: nc}
+		own, stop := context.WithCancel(work)
+		sl := &slot{nc: nc, stop: stop}
 		if !s.add(sl) {
+			stop()
 			_ = nc.Close()
 			continue
 		}
 		conns.Go(func() {
-			export, err := s.serveConn(work, sl)
+			defer stop()
+			export, err := s.serveConn(own, sl)
 			s.remove(sl)
 			if s.opts.Closed != nil {
 				s.opts.Closed(export, err)
@@ -202,13 +208,15 @@ func (s *server) hush() {
 	}
 }
 
-// cut ends all connections.
+// cut ends all connections. First what leads to the client: the errors of requests
+// that end with their context must not reach it.
 func (s *server) cut() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for sl := range s.conns {
 		if sl.link != nil {
 			sl.link.cut()
+			sl.stop()
 		}
 	}
 }

@@ -104,7 +104,7 @@ func (q *QMP) UnplugDisk(ctx context.Context, m *Machine, id string, limit time.
 		case <-again.C:
 			_ = q.do(ctx, "device_del", del) // refused while one is under way; the event tells
 		case <-late.C:
-			if gone, err := q.unplugged(ctx, id); err == nil && gone {
+			if gone, err := q.Unplugged(ctx, id); err == nil && gone {
 				return q.DropDisk(ctx, id)
 			}
 			return fmt.Errorf("unplug disk %s: %w within %v", id, ErrNotReleased, limit)
@@ -116,8 +116,8 @@ func (q *QMP) UnplugDisk(ctx context.Context, m *Machine, id string, limit time.
 	}
 }
 
-// unplugged reports whether the guest has no such disk any more.
-func (q *QMP) unplugged(ctx context.Context, id string) (bool, error) {
+// Unplugged reports whether the guest has no such disk any more.
+func (q *QMP) Unplugged(ctx context.Context, id string) (bool, error) {
 	var list []struct {
 		Name string `json:"name"`
 	}

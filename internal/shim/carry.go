@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -247,15 +248,16 @@ func (c *diskCarrier) watchDisks() {
 	}
 	for n, d := range disks {
 		i.mu.Lock()
-		w, cuts := i.watches[d.ID], i.nbdCuts
+		w, cuts, slots := i.watches[d.ID], i.nbdCuts, i.slots
 		i.mu.Unlock()
-		if w == nil {
+		if w == nil || n >= len(slots) {
 			continue
 		}
 		c.heal(n, d.ID, w)
 		if w.Oldest() < stallLimit || !i.mirror.GiveUp(n, fmt.Errorf("no answer for %v: %w", stallLimit, syscall.ETIMEDOUT)) {
 			continue
 		}
+		slots[n].renew()
 		for _, cut := range cuts { // what waits in the kernel waits on: QEMU connects again and asks anew
 			select {
 			case cut <- struct{}{}:
@@ -342,8 +344,8 @@ func (p *primary) replaceDisk(id string) (string, error) {
 		return "", fmt.Errorf("at level %s the host that runs the VM has good disks, or it does not run there: replace the disk of the other host", p.s.cfg.Spec.Level)
 	}
 	c.mu.Lock()
-	why, busy := c.why[n], c.filling[n] != nil
-	if why != nil && !busy {
+	why, busy, granted := c.why[n], c.filling[n] != nil, c.granted
+	if why != nil && !busy && granted {
 		c.filling[n], c.begun[n] = &model.Progress{What: "disk " + id, Total: p.s.cfg.Spec.Disks[n].Size, ETASeconds: -1}, time.Now()
 	}
 	c.mu.Unlock()
@@ -352,6 +354,9 @@ func (p *primary) replaceDisk(id string) (string, error) {
 		return "", fmt.Errorf("the replica of disk %s on host %s is good: there is nothing to replace", id, p.s.cfg.Host)
 	case busy:
 		return "", fmt.Errorf("disk %s is being filled already", id)
+	case !granted:
+		// Until then it may be all that is left of what was written.
+		return "", fmt.Errorf("the cluster has not noted yet that the replica of disk %s on host %s has failed: bring a majority of the voters back first", id, p.s.cfg.Host)
 	}
 	st, err := c.freshStore(n)
 	if err != nil {
@@ -428,7 +433,12 @@ func (c *diskCarrier) refill(n int, st *blockstore.Store) {
 	c.why[n] = fmt.Errorf("the new one could not be filled: %w", err)
 	c.mu.Unlock()
 	st.GiveUp(err)
-	go func() { _ = st.Close() }() // its space is needed, and it may hang
+	if p.inst.store(n) == st { // it failed in the moment in which it was adopted
+		go p.inst.closers.at(n)()
+	} else {
+		p.inst.notFresh(st)
+		go func() { _ = st.Close() }() // its space is needed, and it may hang
+	}
 	c.showProblem()
 }
 
@@ -456,6 +466,8 @@ func (c *diskCarrier) adopt(n int, st *blockstore.Store, v *blockstore.Volume) e
 	i.mu.Lock()
 	i.stores[n], i.vols[n] = st, v
 	i.mu.Unlock()
+	i.closers.set(n, func() { st.Close() }) // the old one is being closed, or stands still
+	i.notFresh(st)
 	return nil
 }
 
@@ -481,10 +493,19 @@ func (c *diskCarrier) fillStatus(st *shimapi.Status) {
 	}
 }
 
-// closeFresh closes the replicas that took the place of failed ones.
+// notFresh notes that a new replica is somebody else's to close.
+func (i *instance) notFresh(st *blockstore.Store) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.fresh = slices.DeleteFunc(i.fresh, func(f *blockstore.Store) bool { return f == st })
+}
+
+// closeFresh closes the replicas that were still being filled; the guest's requests end
+// with the mirror, which closes before.
 func (i *instance) closeFresh() {
 	i.mu.Lock()
 	fresh := i.fresh
+	i.fresh = nil
 	i.mu.Unlock()
 	for _, st := range fresh {
 		_ = st.Close() // one that failed has said so

@@ -111,7 +111,7 @@ func newDryOf(t *testing.T, real bool, size int64, opts blockstore.Options) *dry
 	ft := model.DefaultFTPolicy()
 	ft.DetectMS = dryDetect
 	w.spec = model.VMSpec{Name: "vm1", UUID: "6b6f1f0e-0000-4000-8000-000000000001", Level: model.LevelCA, VCPUs: 1,
-		Memory: 16 << 20, Machine: "pc-q35-7.2", CPU: "max", Accel: "tcg", FT: ft, Disks: []model.DiskSpec{{ID: "disk0", Size: size}}}
+		Memory: 16 << 20, Machine: "pc-i440fx-7.2", CPU: "max", Accel: "tcg", FT: ft, Disks: []model.DiskSpec{{ID: "disk0", Size: size}}}
 	w.store.cur = model.Versioned{Revision: 1, Record: model.Record{VM: "vm1", Term: 1, Mode: model.ModeStarting, Level: model.LevelCA,
 		Primary: model.Seat{Host: "a"}, Replicas: map[string]model.Replica{"a": {State: model.UpToDate, Term: 0}}, Wanted: model.WantRunning}}
 	for _, name := range []string{"a", "b"} {

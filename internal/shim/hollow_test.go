@@ -84,6 +84,14 @@ func qemuMain(args []string) error {
 	var running atomic.Bool
 	failed := make(chan os.Signal, 1)
 	signal.Notify(failed, syscall.SIGUSR1) // its disk answered with an error
+	devices := hollowDevices{event: event, list: map[string]bool{}}
+	thrown := make(chan os.Signal, 1)
+	signal.Notify(thrown, syscall.SIGUSR2) // the guest throws out what it was given
+	go func() {
+		for range thrown {
+			devices.throwOut()
+		}
+	}()
 	go func() {
 		for range failed {
 			if running.Swap(false) {
@@ -94,7 +102,11 @@ func qemuMain(args []string) error {
 	}()
 	for d := json.NewDecoder(conn); ; {
 		var c struct {
-			Execute string `json:"execute"`
+			Execute   string `json:"execute"`
+			Arguments struct {
+				ID   string `json:"id"`
+				Node string `json:"node-name"`
+			} `json:"arguments"`
 		}
 		if d.Decode(&c) != nil {
 			break // its shim is gone; a QEMU stays, and keeps the lock
@@ -114,11 +126,59 @@ func qemuMain(args []string) error {
 			answer = []map[string]int{{"thread-id": os.Getpid(), "cpu-index": 0}}
 		case "query-block", "query-chardev":
 			answer = []int{}
+		case "device_add":
+			time.Sleep(hollowPlug)
+			devices.set(c.Arguments.ID, true)
+		case "device_del":
+			devices.set(c.Arguments.ID, false)
+		case "qom-list":
+			answer = devices.named("name")
+		case "query-named-block-nodes":
+			answer = []int{}
 		}
 		say(map[string]any{"return": answer})
 	}
 	for {
 		time.Sleep(time.Hour)
+	}
+}
+
+// hollowPlug is how long a hollow QEMU takes to plug a device.
+const hollowPlug = 300 * time.Millisecond
+
+// hollowDevices are those that a hollow QEMU was given while it ran.
+type hollowDevices struct {
+	event func(name string, data any)
+	mu    sync.Mutex
+	list  map[string]bool
+}
+
+func (d *hollowDevices) set(id string, on bool) {
+	d.mu.Lock()
+	had := d.list[id]
+	delete(d.list, id)
+	if on {
+		d.list[id] = true
+	}
+	d.mu.Unlock()
+	if had && !on {
+		d.event("DEVICE_DELETED", map[string]string{"device": id, "path": "/machine/peripheral/" + id})
+	}
+}
+
+func (d *hollowDevices) named(key string) []map[string]string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	out := []map[string]string{}
+	for id := range d.list {
+		out = append(out, map[string]string{key: id})
+	}
+	return out
+}
+
+func (d *hollowDevices) throwOut() {
+	for _, m := range d.named("id") {
+		d.set(m["id"], false)
 	}
 }
 

@@ -33,7 +33,11 @@ const unplugLimit = 20 * time.Second
 // leftLimit is how long the leaving of a pair that the record has ended may take.
 const leftLimit = 5 * time.Second
 
-var errDisksChange = errors.New("the VM's disks are being changed just now")
+// hotStopLimit is how long the end of a disk's server is waited for: longer than its
+// grace (nbd.Options), after which only what the kernel holds is left.
+const hotStopLimit = 5 * time.Second
+
+var errDisksChange = errors.New(shimapi.DisksChanging)
 
 // hotDisk is what a disk has that was given to the running guest: a server of its own.
 type hotDisk struct {
@@ -67,7 +71,15 @@ func (i *instance) serveHot(id string, b nbd.Backend) (hotDisk, error) {
 			i.log.Error("disk server ended", "disk", id, "error", err)
 		}
 	}()
-	h.stop = sync.OnceFunc(func() { cancel(); ln.Close(); <-done })
+	h.stop = sync.OnceFunc(func() {
+		cancel()
+		ln.Close()
+		select {
+		case <-done:
+		case <-time.After(hotStopLimit): // a request stands in a device that does not answer
+			i.log.Error("requests to a disk do not end", "disk", id)
+		}
+	})
 	return h, nil
 }
 
@@ -186,21 +198,10 @@ func (s *Shim) setDisks(ctx context.Context, value string) (string, error) {
 	if p == nil {
 		return "", errNotRunning
 	}
-	s.mu.Lock()
-	busy, level := s.changing, !s.change.over()
-	s.changing = busy || !level
-	s.mu.Unlock()
-	switch {
-	case busy:
-		return "", errDisksChange
-	case level: // which builds another QEMU for the disks as they were
-		return "", errLevelChanges
+	if err := s.holdDisks(); err != nil {
+		return "", err
 	}
-	defer func() {
-		s.mu.Lock()
-		s.changing = false
-		s.mu.Unlock()
-	}()
+	defer s.releaseDisks()
 	if s.verify != nil {
 		if err := s.verify.yield(ctx); err != nil {
 			return "", err
@@ -217,6 +218,8 @@ func (s *Shim) setDisks(ctx context.Context, value string) (string, error) {
 		}
 		sleep(ctx, 50*time.Millisecond)
 	}
+	// Who asks may go away: once begun it goes to its end, since nobody could go on with half a disk.
+	ctx = context.WithoutCancel(ctx)
 	have, _ := s.disksNow()
 	steps, err := diskSteps(have, want.Disks)
 	if err != nil {
@@ -231,6 +234,27 @@ func (s *Shim) setDisks(ctx context.Context, value string) (string, error) {
 		s.tl.add("disk-"+string(step.kind), 0, time.Since(began), "%s", what)
 	}
 	return fmt.Sprintf("%d changes", len(steps)), nil
+}
+
+// holdDisks has the caller alone change the disks of the guest, until releaseDisks. No
+// pair is filled meanwhile, and no level changed.
+func (s *Shim) holdDisks() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.changing:
+		return errDisksChange
+	case !s.change.over(): // which builds another QEMU for the disks as they were
+		return errLevelChanges
+	}
+	s.changing = true
+	return nil
+}
+
+func (s *Shim) releaseDisks() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.changing = false
 }
 
 // aloneNow refuses while a second copy is there or being made.
@@ -379,16 +403,17 @@ func (p *primary) plug(ctx context.Context, d model.DiskSpec) (err error) {
 		return err
 	}
 	v := blockstore.NewVolume(st, blockstore.VolumeOptions{})
-	slot := &diskSlot{b: v}
+	var b servedDisk = v
 	if i.mirror != nil {
 		e, err := i.mirror.Add(v)
 		if err != nil {
 			return err
 		}
-		slot.b = e
+		b = e
 		v.SetFetch(e.Fetch)
-		undo = append(undo, func() { i.mirror.Remove(len(i.vols)) }) //nolint:errcheck // it was the last, and there is no peer
+		undo = append(undo, func() { i.mirror.Remove(len(i.vols), func() {}) }) //nolint:errcheck // it was the last, and there is no peer
 	}
+	slot := newSlot(b)
 	h, err := i.serveHot(d.ID, slot)
 	if err != nil {
 		return err
@@ -415,14 +440,17 @@ func (p *primary) plug(ctx context.Context, d model.DiskSpec) (err error) {
 }
 
 // swapDisks changes the lists of disks for all who read them. No pair is there: its
-// goroutines, which number the disks, are not.
+// goroutines, which number the disks, are not. f waits for nothing.
+//
+// The order of the locks: disks.mu is held by machines that look at what s.mu guards, and
+// without s.mu the gate is not renewed.
 func (p *primary) swapDisks(f func()) {
 	p.s.markMu.Lock()
 	defer p.s.markMu.Unlock()
-	p.s.mu.Lock()
-	defer p.s.mu.Unlock()
 	p.disks.mu.Lock()
 	defer p.disks.mu.Unlock()
+	p.s.mu.Lock()
+	defer p.s.mu.Unlock()
 	p.inst.mu.Lock()
 	defer p.inst.mu.Unlock()
 	f()
@@ -458,6 +486,8 @@ func (d *disks) openDisk(st *blockstore.Store, clean bool) (disk, error) {
 // unplug takes a disk from the running guest. A guest that does not let go keeps it.
 func (p *primary) unplug(ctx context.Context, id string) error {
 	m := p.inst.machine(false)
+	ctx, cancel := context.WithTimeout(ctx, unplugLimit+qmpTimeout)
+	defer cancel()
 	err := p.inst.qmp.UnplugDisk(ctx, &m, id, unplugLimit)
 	if errors.Is(err, qemu.ErrNotReleased) {
 		return fmt.Errorf("%w; unmount it in the guest, and see that the guest takes part in hot-plug (ACPI), or stop the VM", err)
@@ -468,53 +498,35 @@ func (p *primary) unplug(ctx context.Context, id string) error {
 	return p.dropDisk(id)
 }
 
-// dropDisk ends the serving of a disk that the guest has no more.
+// dropDisk ends the serving of a disk that the guest has no more. The caller alone changes the disks.
 func (p *primary) dropDisk(id string) error {
 	i, s := p.inst, p.s
+	s.mu.Lock()
+	n := slices.IndexFunc(s.cfg.Spec.Disks, func(d model.DiskSpec) bool { return d.ID == id })
+	s.mu.Unlock()
+	if n < 0 {
+		return nil
+	}
 	var closeStore func()
-	var st *blockstore.Store
-	var err error
-	p.swapDisks(func() {
-		n := slices.IndexFunc(s.cfg.Spec.Disks, func(d model.DiskSpec) bool { return d.ID == id })
-		if n < 0 {
-			return
-		}
-		if i.mirror != nil {
-			if err = i.mirror.Remove(n); err != nil {
-				return
-			}
-		}
-		closeStore, st = i.closers.at(n), i.stores[n]
-		delete(i.watches, id)
-		i.stores, i.clean, i.vols = without(i.stores, n), without(i.clean, n), without(i.vols, n)
-		i.slots, p.disks.list = without(i.slots, n), without(p.disks.list, n)
-		i.closers.drop(n)
-		s.cfg.Spec.Disks = without(model.PinSlots(s.cfg.Spec.Disks), n)
-		i.cfg.Spec.Disks = s.cfg.Spec.Disks
-	})
-	if err != nil || closeStore == nil {
+	drop := func() {
+		p.swapDisks(func() {
+			closeStore = i.closers.at(n)
+			delete(i.watches, id)
+			i.stores, i.clean, i.vols = without(i.stores, n), without(i.clean, n), without(i.vols, n)
+			i.slots, p.disks.list = without(i.slots, n), without(p.disks.list, n)
+			i.closers.drop(n)
+			s.cfg.Spec.Disks = without(model.PinSlots(s.cfg.Spec.Disks), n)
+			i.cfg.Spec.Disks = s.cfg.Spec.Disks
+		})
+	}
+	if i.mirror == nil {
+		drop()
+	} else if err := i.mirror.Remove(n, drop); err != nil {
 		return err
 	}
 	i.setHot(id, nil)
 	closeStore()
-	i.closeRenewed(st)
 	return nil
-}
-
-// closeRenewed closes a replica that took the place of the one that the disk was opened with, see carry.go.
-func (i *instance) closeRenewed(st *blockstore.Store) {
-	i.mu.Lock()
-	n := slices.Index(i.fresh, st)
-	if n >= 0 {
-		i.fresh = slices.Delete(i.fresh, n, n+1)
-	}
-	i.mu.Unlock()
-	if n < 0 {
-		return
-	}
-	if err := st.Close(); err != nil {
-		i.log.Error("close a replica", "error", err)
-	}
 }
 
 func without[T any](l []T, n int) []T { return slices.Delete(slices.Clone(l), n, n+1) }
@@ -524,31 +536,61 @@ func without[T any](l []T, n int) []T { return slices.Delete(slices.Clone(l), n,
 // out by itself: then what QEMU has is not what the specification says, and the agent
 // gives it the disk again.
 func (p *primary) guestLetGo(id string) {
-	if _, changing := p.s.disksNow(); changing || id == "" {
+	if id == "" {
 		return
 	}
 	if p.pair != nil {
 		// The other side's device is still there: no state fits to it any more.
 		p.pair.unsound(fmt.Errorf("the guest has thrown out disk %s", id))
 	}
-	p.goWork(func() {
-		for p.ctx.Err() == nil {
-			if err := p.aloneNow(p.ctx); err == nil {
-				break
-			}
-			sleep(p.ctx, 100*time.Millisecond)
+	p.s.goWork(func() { p.s.takeOut(id) })
+}
+
+// takeOut drops a disk that the guest has let go of, as soon as the VM is alone and nothing
+// else is done with its disks. Whoever asked the guest for it has done so by then.
+func (s *Shim) takeOut(id string) {
+	for ; s.ctx.Err() == nil; sleep(s.ctx, 100*time.Millisecond) {
+		p := s.primary() // a change of level makes another one
+		if p == nil {
+			return
 		}
-		ctx, cancel := context.WithTimeout(p.ctx, qmpTimeout)
-		defer cancel()
-		err := p.inst.qmp.DropDisk(ctx, id)
-		if err == nil {
-			err = p.dropDisk(id)
+		if s.holdDisks() != nil {
+			continue
 		}
-		p.s.tl.add("disk-let-go", 0, 0, "the guest has let go of disk %s by itself", id)
-		if err != nil && p.ctx.Err() == nil {
-			p.s.log.Error("drop a disk that the guest has let go of", "disk", id, "error", err)
+		if done := p.takeOutNow(id); done {
+			s.releaseDisks()
+			return
 		}
-	})
+		s.releaseDisks()
+	}
+}
+
+// takeOutNow reports whether nothing is left to do. The caller alone changes the disks.
+func (p *primary) takeOutNow(id string) bool {
+	s := p.s
+	if disks, _ := s.disksNow(); !slices.ContainsFunc(disks, func(d model.DiskSpec) bool { return d.ID == id }) {
+		return true
+	}
+	ctx, cancel := context.WithTimeout(p.ctx, qmpTimeout)
+	defer cancel()
+	if p.aloneNow(ctx) != nil {
+		return false
+	}
+	if gone, err := p.inst.qmp.Unplugged(ctx, id); err != nil || !gone {
+		return err == nil // it was given again
+	}
+	if s.verify != nil && s.verify.yield(ctx) != nil {
+		return false
+	}
+	err := p.inst.qmp.DropDisk(ctx, id)
+	if err == nil {
+		err = p.dropDisk(id)
+	}
+	s.tl.add("disk-let-go", 0, 0, "the guest has let go of disk %s by itself", id)
+	if err != nil && p.ctx.Err() == nil {
+		s.log.Error("drop a disk that the guest has let go of", "disk", id, "error", err)
+	}
+	return true
 }
 
 // growDisk makes a disk of the running guest larger. The guest stands still while the
@@ -588,9 +630,7 @@ func (p *primary) exchange(n int, d model.DiskSpec) error {
 	i, s := p.inst, p.s
 	dir := filepath.Join(i.cfg.Dir, shimapi.DiskDir)
 	now := s.cfg.Spec.Disks[n]
-	old := i.store(n)
 	i.closers.at(n)()
-	i.closeRenewed(old)
 	grown := blockstore.Grow(vfs.OS{}, dir, d.ID, d.Size)
 	if grown == nil {
 		now.Size = d.Size
@@ -606,15 +646,16 @@ func (p *primary) exchange(n int, d model.DiskSpec) error {
 		}
 		st.Detach()
 		v := blockstore.NewVolume(st, blockstore.VolumeOptions{})
-		slot := &diskSlot{b: v}
+		var b servedDisk = v
 		if i.mirror != nil {
 			e, err := i.mirror.Replace(n, v)
 			if err != nil {
 				return errors.Join(err, st.Close())
 			}
-			slot.b = e
+			b = e
 			v.SetFetch(e.Fetch)
 		}
+		slot := newSlot(b)
 		h, err := i.serveHot(d.ID, slot)
 		if err != nil {
 			return errors.Join(err, st.Close())

@@ -67,7 +67,7 @@ type instance struct {
 	closeOnce sync.Once
 
 	mu      sync.Mutex
-	fresh   []*blockstore.Store // opened since the start
+	fresh   []*blockstore.Store // being filled in place of failed ones, see carry.go
 	running bool
 	since   time.Time     // of running
 	ran     time.Duration // before

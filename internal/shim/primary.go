@@ -650,6 +650,10 @@ func (p *primary) protect(host string, term model.Term) {
 		if p.pair != nil {
 			return
 		}
+		if _, changing := p.s.disksNow(); changing { // since it was asked for
+			go p.s.post(authority.EvUnprotect{Reason: errDisksChange.Error()})
+			return
+		}
 		pr := newPair(p, host, term)
 		p.pair = pr
 		p.mu.Lock()

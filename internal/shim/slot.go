@@ -3,6 +3,7 @@ package shim
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 
 	"perdure/internal/nbd"
 )
@@ -20,15 +21,39 @@ type servedDisk interface {
 // Invariant: requests that began before a change have ended when it returns, so none
 // escapes what the new level asks of it.
 type diskSlot struct {
+	change sync.Mutex // held by set and renew
+	now    atomic.Pointer[slotDoor]
+}
+
+// slotDoor is a way to what stands behind a slot.
+type slotDoor struct {
 	mu sync.RWMutex // held shared by each request from start to end
 	b  servedDisk
+}
+
+func newSlot(b servedDisk) *diskSlot {
+	s := &diskSlot{}
+	s.now.Store(&slotDoor{b: b})
+	return s
+}
+
+// enter lets a request in; it ends with RUnlock.
+func (s *diskSlot) enter() *slotDoor {
+	for {
+		d := s.now.Load()
+		d.mu.RLock()
+		if s.now.Load() == d {
+			return d
+		}
+		d.mu.RUnlock() // renewed meanwhile
+	}
 }
 
 // slotDisks puts a slot between QEMU and each disk.
 func (i *instance) slotDisks(exports map[string]nbd.Backend) {
 	for _, d := range i.cfg.Spec.Disks {
-		s := &diskSlot{}
-		s.b, _ = exports[d.ID].(servedDisk) // each is one
+		b, _ := exports[d.ID].(servedDisk) // each is one
+		s := newSlot(b)
 		i.slots = append(i.slots, s)
 		exports[d.ID] = s
 	}
@@ -36,77 +61,93 @@ func (i *instance) slotDisks(exports map[string]nbd.Backend) {
 
 // set changes what stands behind the slot. It waits for the requests under way.
 func (s *diskSlot) set(b servedDisk) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.b = b
+	s.change.Lock()
+	defer s.change.Unlock()
+	d := s.now.Load()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.b = b
+}
+
+// renew is for a replica that was given up because it does not answer: the requests
+// under way, whose client is cut off, may stand in it for ever, and are not
+// waited for any more. Whatever becomes of them, they reach no other replica (see package mirror).
+func (s *diskSlot) renew() {
+	s.change.Lock()
+	defer s.change.Unlock()
+	s.now.Store(&slotDoor{b: s.now.Load().b})
 }
 
 // Size implements nbd.Backend; it is the same whatever stands behind.
 func (s *diskSlot) Size() int64 {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.b.Size()
+	d := s.enter()
+	defer d.mu.RUnlock()
+	return d.b.Size()
 }
 
 // ReadAt implements nbd.Backend.
 func (s *diskSlot) ReadAt(ctx context.Context, p []byte, off int64) error {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.b.ReadAt(ctx, p, off)
+	d := s.enter()
+	defer d.mu.RUnlock()
+	return d.b.ReadAt(ctx, p, off)
 }
 
 // WriteAt implements nbd.Backend.
 func (s *diskSlot) WriteAt(ctx context.Context, p []byte, off int64, fua bool) error {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.b.WriteAt(ctx, p, off, fua)
+	d := s.enter()
+	defer d.mu.RUnlock()
+	return d.b.WriteAt(ctx, p, off, fua)
 }
 
 // StartWrite implements nbd.Starter, where what stands behind does.
 func (s *diskSlot) StartWrite(ctx context.Context, p []byte, off int64, done func(error)) bool {
-	if !s.mu.TryRLock() {
+	d := s.now.Load()
+	if !d.mu.TryRLock() {
 		return false
 	}
-	b, ok := s.b.(nbd.Starter)
-	if ok {
+	b, ok := d.b.(nbd.Starter)
+	if ok && s.now.Load() == d { // else renewed meanwhile
 		ok = b.StartWrite(ctx, p, off, func(err error) {
-			s.mu.RUnlock()
+			d.mu.RUnlock()
 			done(err)
 		})
+	} else {
+		ok = false
 	}
 	if !ok {
-		s.mu.RUnlock()
+		d.mu.RUnlock()
 	}
 	return ok
 }
 
 // Zero implements nbd.Backend.
 func (s *diskSlot) Zero(ctx context.Context, off, n int64, fua, punch bool) error {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.b.Zero(ctx, off, n, fua, punch)
+	d := s.enter()
+	defer d.mu.RUnlock()
+	return d.b.Zero(ctx, off, n, fua, punch)
 }
 
 // Flush implements nbd.Backend.
 func (s *diskSlot) Flush(ctx context.Context) error {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.b.Flush(ctx)
+	d := s.enter()
+	defer d.mu.RUnlock()
+	return d.b.Flush(ctx)
 }
 
 // Extent implements nbd.Allocator.
 func (s *diskSlot) Extent(ctx context.Context, off, n int64) (int64, bool, error) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.b.Extent(ctx, off, n)
+	d := s.enter()
+	defer d.mu.RUnlock()
+	return d.b.Extent(ctx, off, n)
 }
 
 // Waits implements nbd.Waiter. A change may be waiting for the lock, and this must not.
 func (s *diskSlot) Waits() bool {
-	if !s.mu.TryRLock() {
+	d := s.now.Load()
+	if !d.mu.TryRLock() {
 		return true
 	}
-	defer s.mu.RUnlock()
-	w, ok := s.b.(nbd.Waiter)
+	defer d.mu.RUnlock()
+	w, ok := d.b.(nbd.Waiter)
 	return ok && w.Waits()
 }

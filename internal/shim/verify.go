@@ -124,10 +124,6 @@ func (v *verifier) start(opts shimapi.VerifyOptions) (string, error) {
 	if opts.Rate <= 0 {
 		opts.Rate = model.AskedVerifyRate
 	}
-	disks, err := v.disks(opts.Disk)
-	if err != nil {
-		return "", err
-	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.load()
@@ -137,8 +133,13 @@ func (v *verifier) start(opts shimapi.VerifyOptions) (string, error) {
 	if p.ctx.Err() != nil {
 		return "", errNotRunning
 	}
-	if _, changing := v.s.disksNow(); changing {
+	specs, changing := v.s.disksNow() // who changes them now waits for mu before it does
+	if changing {
 		return "", errDisksChange
+	}
+	disks, err := v.disks(specs, opts.Disk)
+	if err != nil {
+		return "", err
 	}
 	sc, ctx, stop, err := p.newScrub(opts.Rate)
 	if err != nil {
@@ -150,7 +151,7 @@ func (v *verifier) start(opts shimapi.VerifyOptions) (string, error) {
 		r.Reads = old.Reads
 	}
 	var fresh []model.VerifiedDisk
-	for n, spec := range v.s.cfg.Spec.Disks {
+	for n, spec := range specs {
 		fresh = append(fresh, model.VerifiedDisk{Disk: spec.ID, Size: p.inst.store(n).Size(), Ranges: []model.VerifiedRange{}})
 	}
 	todo := planVerify(r, old, fresh, disks)
@@ -216,9 +217,9 @@ func entryOf(r *model.VerifyReport, disk string) (model.VerifiedDisk, bool) {
 }
 
 // disks chooses by name; empty: all.
-func (v *verifier) disks(name string) (list []int, err error) {
+func (v *verifier) disks(specs []model.DiskSpec, name string) (list []int, err error) {
 	var names []string
-	for n, d := range v.s.cfg.Spec.Disks {
+	for n, d := range specs {
 		if name == "" || name == d.ID {
 			list = append(list, n)
 		}

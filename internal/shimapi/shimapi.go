@@ -185,6 +185,10 @@ type DiskStatus struct {
 	Missing int64 `json:"missing"` // bytes that the peer may lack, by the bitmap
 }
 
+// DisksChanging is the error of an operation that does not fit to a change of the guest's
+// disks that is under way; an agent that has lost the answer to that one waits for its end.
+const DisksChanging = "the VM's disks are being changed just now"
+
 // SetDisks is the Value, as JSON, of the operation "disks": the disks that the
 // running guest shall have, all of them, each with its slot.
 type SetDisks struct {
