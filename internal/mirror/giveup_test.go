@@ -211,3 +211,43 @@ func TestFlushAcrossReturn(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestWaitingEndsWithItsContext: what waits for a range, for changes to which no answer may
+// ever come, ends with its owner.
+func TestWaitingEndsWithItsContext(t *testing.T) {
+	r := newRig(t, 64<<10)
+	o := r.own()
+	r.join()
+	e, ctx := r.src.Export(0), context.Background()
+	r.src.Carry(true)
+	r.mine.failing(syscall.EIO, syscall.EIO)
+	if err := e.WriteAt(ctx, fill(1, 512), 0, false); err != nil {
+		t.Fatal(err)
+	}
+	o.wait(t, "lost 0: input/output error")
+	r.cutNow()
+	wrote := make(chan error, 1)
+	go func() { wrote <- e.WriteAt(ctx, fill(2, 512), 4096, false) }()
+	for end := time.Now().Add(20 * time.Second); r.src.Oldest() == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("nothing waits for the peer")
+		}
+	}
+	for name, do := range map[string]func(ctx context.Context) error{
+		"verify": func(ctx context.Context) error { return r.src.Still(ctx, 0, 0, 8192, func() error { return nil }) },
+		"refill": func(ctx context.Context) error {
+			return r.src.Refill(ctx, 0, newMem(64<<10), func(int64) {}, func() error { return nil })
+		},
+	} {
+		over, end := context.WithCancel(ctx)
+		ended := make(chan error, 1)
+		go func() { ended <- do(over) }()
+		waits(t, ended, name+": a change is under way in the range")
+		end()
+		if err := inTime(t, ended); !errors.Is(err, context.Canceled) {
+			t.Errorf("%s ended with %v", name, err)
+		}
+	}
+	r.src.Close()
+	inTime(t, wrote) //nolint:errcheck // it is closed
+}

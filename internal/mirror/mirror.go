@@ -301,9 +301,12 @@ func (e *Export) change(ctx context.Context, h head, data []byte, do func(Replic
 	h.Disk = uint32(e.n.Load()) // now, under the gate: the number may have changed before there was a peer
 	o := e.overlap.Load()
 	if h.Op != opFlush {
-		held := o.lock(h.Off, h.Off+h.Len)
-		if held == nil {
+		held, err := o.lock(ctx, h.Off, h.Off+h.Len)
+		if errors.Is(err, errGivenUp) {
 			return e.refuse(ctx)
+		}
+		if err != nil {
+			return err
 		}
 		defer o.unlock(held)
 	}

@@ -1,6 +1,7 @@
 package mirror
 
 import (
+	"context"
 	"slices"
 	"sync"
 )
@@ -17,17 +18,17 @@ type held struct {
 	start, end int64
 	wake       chan struct{} // closed when the entry may run, or never will
 	waiting    bool
-	refused    bool
+	gone       bool // refused, and not in the list
 }
 
-// lock waits until no earlier request overlaps start … end-1. It returns nil when
-// the ranges are abandoned: then the request must not be carried out.
-func (r *ranges) lock(start, end int64) *held {
+// lock waits until no earlier request overlaps start … end-1. It fails with
+// errGivenUp when the ranges are abandoned, and with the cause of ctx when that ends before.
+func (r *ranges) lock(ctx context.Context, start, end int64) (*held, error) {
 	e := &held{start: start, end: end}
 	r.mu.Lock()
 	if r.over {
 		r.mu.Unlock()
-		return nil
+		return nil, errGivenUp
 	}
 	if e.waiting = r.blocked(e, len(r.list)); e.waiting {
 		e.wake = make(chan struct{})
@@ -35,13 +36,27 @@ func (r *ranges) lock(start, end int64) *held {
 	r.list = append(r.list, e)
 	wait := e.wake
 	r.mu.Unlock()
-	if wait != nil {
-		<-wait
-		if e.refused {
-			return nil
-		}
+	if wait == nil {
+		return e, nil
 	}
-	return e
+	select {
+	case <-wait:
+	case <-ctx.Done():
+		if !r.refused(e) {
+			r.unlock(e)
+		}
+		return nil, context.Cause(ctx)
+	}
+	if e.gone {
+		return nil, errGivenUp
+	}
+	return e, nil
+}
+
+func (r *ranges) refused(e *held) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return e.gone
 }
 
 // abandon refuses all that wait, and all that come. Those that run go on.
@@ -51,10 +66,10 @@ func (r *ranges) abandon() {
 	r.over = true
 	r.list = slices.DeleteFunc(r.list, func(x *held) bool {
 		if x.waiting {
-			x.waiting, x.refused = false, true
+			x.waiting, x.gone = false, true
 			close(x.wake)
 		}
-		return x.refused
+		return x.gone
 	})
 }
 
@@ -74,7 +89,7 @@ func (r *ranges) blocked(e *held, n int) bool {
 	return false
 }
 
-// unlock lets those run that waited for e alone.
+// unlock takes e out, which runs or waits, and lets those run that waited for e alone.
 func (r *ranges) unlock(e *held) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

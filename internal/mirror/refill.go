@@ -60,9 +60,9 @@ func (s *Source) Refill(ctx context.Context, n int, r Replica, progress func(don
 		return fmt.Errorf("make the copy durable: %w", err)
 	}
 	o := e.overlap.Load()
-	held := o.lock(0, e.Size())
-	if held == nil {
-		return errGivenUp
+	held, err := o.lock(ctx, 0, e.Size())
+	if err != nil {
+		return err
 	}
 	defer o.unlock(held)
 	if err := r.Flush(ctx); err != nil {
@@ -134,9 +134,9 @@ func (e *Export) copyPeer(ctx context.Context, l *local, progress func(int64)) e
 // copyPiece copies a range in which nothing changes meanwhile.
 func (e *Export) copyPiece(ctx context.Context, l *local, p []byte, off int64) error {
 	o := e.overlap.Load()
-	held := o.lock(off, off+int64(len(p)))
-	if held == nil {
-		return errGivenUp
+	held, err := o.lock(ctx, off, off+int64(len(p)))
+	if err != nil {
+		return err
 	}
 	defer o.unlock(held)
 	if e.local.Load() != l {

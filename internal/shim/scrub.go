@@ -30,7 +30,7 @@ type scrub struct {
 	// one that was captured; nil where there are none.
 	ahead func(lead model.Epoch) model.Epoch
 	// still runs f while no write is under way in a range on either side; nil: epochs.
-	still func(disk int, off, n int64, f func() error) error
+	still func(ctx context.Context, disk int, off, n int64, f func() error) error
 	// pace is told how many bytes were read, and waits.
 	pace func(ctx context.Context, n int64) error
 	step func() int64 // chunks to compare at once
@@ -137,7 +137,7 @@ func (s *scrub) together(ctx context.Context, n int, first, count int64, mine, t
 	}
 	if s.still != nil {
 		off := first * blockstore.ChunkSize
-		return s.still(n, off, min(count*blockstore.ChunkSize, s.stores[n].Size()-off), func() error {
+		return s.still(ctx, n, off, min(count*blockstore.ChunkSize, s.stores[n].Size()-off), func() error {
 			// The guest's writes in the range wait.
 			ctx, cancel := context.WithTimeoutCause(ctx, stillLimit, fmt.Errorf("the other side took longer than %v to read", stillLimit))
 			defer cancel()

@@ -450,7 +450,7 @@ func (s *scrubSide) must(t *testing.T, block int64, b byte) {
 }
 
 // still is the mirror of a guest that does nothing.
-func still(_ int, _, _ int64, f func() error) error { return f() }
+func still(_ context.Context, _ int, _, _ int64, f func() error) error { return f() }
 
 // TestVerifyBothBad: what nothing tells the truth about is left as it is, and named.
 func TestVerifyBothBad(t *testing.T) {
@@ -545,7 +545,7 @@ func TestRepairYieldsToWrites(t *testing.T) {
 	for _, wrong := range []string{"a", "b"} {
 		p := newScrubPair(t)
 		n := 0
-		p.sc.still = func(_ int, _, _ int64, f func() error) error {
+		p.sc.still = func(_ context.Context, _ int, _, _ int64, f func() error) error {
 			err := f()
 			if n++; n == scrubSize/blockstore.ChunkSize/5+1+1 { // after the first look
 				p.a.must(t, 30, 200)
