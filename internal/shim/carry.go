@@ -29,7 +29,7 @@ const problemCarried = "disk-carried"
 
 // stallLimit is for how long an operation of a local disk may be under way at
 // level ca before the disk counts as failed: less than guests wait for theirs.
-const stallLimit = 20 * time.Second
+var stallLimit = 20 * time.Second // tests are in a hurry
 
 // A disk that was given up because it did not answer, and has answered everything
 // since, is filled anew by itself: after healAfter, and healEvery at the most.

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -321,4 +322,63 @@ func TestSwapDisksHoldsUpNobody(t *testing.T) {
 		t.Error(err)
 	}
 	a.eventually("without the disk", hasDisks(1))
+}
+
+// TestDiskThatStands: a disk of the primary's host does not answer any more, with requests
+// of the guest in it that stay there. The guest goes on, the disk is replaced, the secondary is
+// lost and the VM protected again; then what stood comes back. Nobody waits for it, and
+// it changes nothing.
+func TestDiskThatStands(t *testing.T) {
+	defer func(d time.Duration) { stallLimit = d }(stallLimit)
+	stallLimit = 300 * time.Millisecond
+	w := newDry(t, false)
+	f := &dryFaults{t: t, w: w, l: newDryLoad(w, 5), r: rand.New(rand.NewPCG(5, 5))}
+	w.untilDuplex(30 * time.Second)
+	f.l.begin()
+	defer func() { f.l.end() }()
+	moves := func(what string) {
+		t.Helper()
+		if err := f.l.progress(200, 30*time.Second); err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+	}
+	moves("at first")
+	primary, secondary := f.seat(true), f.seat(false)
+	release := make(chan struct{})
+	free := sync.OnceFunc(func() { close(release) })
+	defer free()
+	var standing atomic.Int64
+	primary.mem.SetHook(func(op vfs.Op) error {
+		if changes(op) && strings.HasSuffix(op.Path, "disk0.raw") {
+			standing.Add(1)
+			<-release
+		}
+		return nil
+	})
+	moves("with a disk that stands")
+	if r := w.store.get().Record.Replicas[primary.name]; r.State != model.Inconsistent || standing.Load() == 0 {
+		t.Fatalf("the replica that stands is %s, with %d requests in it", r.State, standing.Load())
+	}
+	primary.mem.SetHook(nil) // what stands in it stays there
+	f.recover()
+	moves("with a new disk")
+	secondary.powerOff(true, nil)
+	w.until("simplex", 30*time.Second, func(r model.Record) bool { return r.Mode == model.ModeSimplex })
+	moves("alone")
+	secondary.powerOn()
+	w.untilDuplex(30 * time.Second)
+	moves("protected again")
+	if now := f.seat(true); now != primary {
+		t.Fatalf("the VM runs on host %s", now.name)
+	}
+	free()
+	moves("when what stood has come back")
+	f.l.end()
+	defer f.l.begin()
+	if err := w.same(20 * time.Second); err != nil {
+		t.Error(err)
+	}
+	if err := f.l.settle(); err != nil {
+		t.Error(err)
+	}
 }
