@@ -329,7 +329,8 @@ func TestSwapDisksHoldsUpNobody(t *testing.T) {
 // lost and the VM protected again; then what stood comes back. Nobody waits for it, and
 // it changes nothing.
 func TestDiskThatStands(t *testing.T) {
-	defer func(d time.Duration) { stallLimit = d }(stallLimit)
+	d := stallLimit
+	t.Cleanup(func() { stallLimit = d }) // when the world has ended
 	stallLimit = 300 * time.Millisecond
 	w := newDry(t, false)
 	f := &dryFaults{t: t, w: w, l: newDryLoad(w, 5), r: rand.New(rand.NewPCG(5, 5))}
