@@ -10,8 +10,8 @@ var errJoined = errors.New("the disks of a mirror that has a peer do not change"
 
 // Add takes another disk in, as the last one. Only while there is no peer.
 func (s *Source) Add(r Replica) (*Export, error) {
-	s.gate.Lock()
-	defer s.gate.Unlock()
+	s.gate.RLock() // against Join
+	defer s.gate.RUnlock()
 	if s.link.Load() != nil {
 		return nil, errJoined
 	}
@@ -21,11 +21,11 @@ func (s *Source) Add(r Replica) (*Export, error) {
 }
 
 // Remove takes disk n out, which nobody uses any more; those behind it move up. Only
-// while there is no peer. It waits for all changes under way, and then for also, which
-// does the same to what else numbers the disks.
+// while there is no peer. also does the same to what else numbers the disks; no peer joins
+// before it has returned.
 func (s *Source) Remove(n int, also func()) error {
-	s.gate.Lock()
-	defer s.gate.Unlock()
+	s.gate.RLock() // against Join
+	defer s.gate.RUnlock()
 	if s.link.Load() != nil {
 		return errJoined
 	}
@@ -37,8 +37,8 @@ func (s *Source) Remove(n int, also func()) error {
 // Replace puts another replica, of another size perhaps, in the place of disk n's.
 // Only while there is no peer. What was handed out for the disk before is not used any more.
 func (s *Source) Replace(n int, r Replica) (*Export, error) {
-	s.gate.Lock()
-	defer s.gate.Unlock()
+	s.gate.RLock() // against Join
+	defer s.gate.RUnlock()
 	if s.link.Load() != nil {
 		return nil, errJoined
 	}
@@ -49,7 +49,8 @@ func (s *Source) Replace(n int, r Replica) (*Export, error) {
 	return e, nil
 }
 
-// set puts another list of disks in force, numbered anew. gate is held: nothing is under way.
+// set puts another list of disks in force, numbered anew. gate is held, shared: no peer
+// joins meanwhile, and without one nobody asks for a number. One at a time, which the callers see to.
 func (s *Source) set(list []*Export) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -1,6 +1,7 @@
 package mirror
 
 import (
+	"context"
 	"testing"
 )
 
@@ -39,5 +40,42 @@ func TestChangeOfDisks(t *testing.T) {
 	}
 	if _, err := s.Replace(0, a); err == nil {
 		t.Error("a disk was replaced while a peer follows")
+	}
+}
+
+// TestDisksChangeBesideRequests: a request that takes long, of another disk, holds up neither the
+// change of the disks nor, behind that, the requests of all others.
+func TestDisksChangeBesideRequests(t *testing.T) {
+	slow, b := newMem(1<<20), newMem(1<<20)
+	begun, goOn := make(chan struct{}), make(chan struct{})
+	slow.slow = func() { close(begun); <-goOn }
+	s := NewSource([]Replica{slow, b})
+	ctx := context.Background()
+	stands := make(chan error, 1)
+	go func() { stands <- s.Export(0).WriteAt(ctx, fill(1, 512), 0, false) }()
+	<-begun
+	over := make(chan error, 1)
+	go func() {
+		_, err := s.Add(newMem(4096))
+		if err == nil {
+			err = s.Export(1).WriteAt(ctx, fill(1, 512), 0, false)
+		}
+		if err == nil {
+			_, err = s.Replace(1, newMem(2<<20))
+		}
+		if err == nil {
+			err = s.Remove(2, func() {})
+		}
+		over <- err
+	}()
+	if err := inTime(t, over); err != nil {
+		t.Error(err)
+	}
+	close(goOn)
+	if err := inTime(t, stands); err != nil {
+		t.Error(err)
+	}
+	if n := len(s.disks()); n != 2 || s.Export(1).Size() != 2<<20 {
+		t.Errorf("%d disks, the second of %d bytes", n, s.Export(1).Size())
 	}
 }

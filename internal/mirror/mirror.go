@@ -92,7 +92,7 @@ type Source struct {
 	// Join, so that a change is either before it or goes to both sides.
 	gate    sync.RWMutex
 	link    atomic.Pointer[link]      // nil: alone
-	exports atomic.Pointer[[]*Export] // changed under gate and mu, see Add
+	exports atomic.Pointer[[]*Export] // changed with gate held shared, and mu; see Add
 	closed  chan struct{}
 	once    sync.Once
 	owner   Owner
