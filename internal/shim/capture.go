@@ -35,7 +35,8 @@ type captured struct {
 	phase phases
 	mark  time.Time // end of the last phase
 
-	committed bool // its disk writes are applied in place; one goroutine at a time
+	acked     time.Time // when the secondary's acknowledgement came; guarded by pair.mu
+	committed bool      // its disk writes are applied in place; one goroutine at a time
 
 	persisted chan struct{} // closed when its disk writes are in the local journal, durable as far as flushed
 	released  chan struct{} // closed when its output has left

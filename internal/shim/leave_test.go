@@ -366,3 +366,51 @@ func leaveAtRandom(t *testing.T, rnd *rand.Rand) {
 	acker.Wait()
 	r.check()
 }
+
+// TestOwnDiskIsNotTheSecondary: an epoch that the secondary has acknowledged, and that waits for the
+// disk of this host, is no debt of the secondary: dropping it would leave the VM alone with
+// the disk that does not answer.
+func TestOwnDiskIsNotTheSecondary(t *testing.T) {
+	d := stallLimit
+	defer func() { stallLimit = d }()
+	stallLimit = 50 * time.Millisecond
+	r := newLeaveRig(t)
+	r.p.inst.watches = map[string]*vfs.Watch{"disk0": vfs.NewWatch(r.mem, bootNow)}
+	f, err := r.p.inst.watches["disk0"].Create("/d/other") // what stands is seen by the watch
+	if err != nil {
+		t.Fatal(err)
+	}
+	hit, let := r.stall(func(op vfs.Op) bool { return inJournal(op) || op.Kind == "sync" && op.Path == "/d/other" })
+	r.write(1, 1, true)
+	r.capture()
+	<-hit
+	time.Sleep(2 * time.Millisecond) // it ages
+	if r.pr.owed() == 0 || r.pr.ownDisk() != "" {
+		t.Errorf("not acknowledged yet: owed for %v, the own disk %q", r.pr.owed(), r.pr.ownDisk())
+	}
+	r.ack(1, true)
+	if n := r.pr.owed(); n != 0 {
+		t.Errorf("the secondary has acknowledged all, and owes something for %v", n)
+	}
+	time.Sleep(2 * stallLimit)
+	if id := r.pr.ownDisk(); id != "" {
+		t.Errorf("disk %s is blamed while no operation of it stands", id)
+	}
+	synced := make(chan error, 1)
+	go func() { synced <- f.Sync() }()
+	r.until("the own disk is found", func() bool {
+		r.pr.mu.Unlock()
+		defer r.pr.mu.Lock()
+		return r.pr.ownDisk() == "disk0"
+	})
+	let()
+	if err := <-synced; err != nil {
+		t.Error(err)
+	}
+	r.until("released", func() bool { return len(r.pr.flights) == 0 })
+	if id := r.pr.ownDisk(); id != "" {
+		t.Errorf("disk %s is blamed after it has answered", id)
+	}
+	r.settle(nil)
+	r.check()
+}

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"perdure/internal/authority"
@@ -264,6 +265,7 @@ func (pr *pair) onAck(b beat) {
 		if err == nil {
 			acts = append(acts, a...)
 			if c := pr.flights[n]; c != nil {
+				c.acked = time.Now()
 				pr.p.latency.Store(int64(time.Since(c.done)))
 			}
 		}
@@ -314,17 +316,8 @@ func (pr *pair) gateChanged() {
 func (pr *pair) beat() {
 	pr.mu.Lock()
 	sess, lost, lostAt := pr.sess, pr.lost, pr.lostAt
-	var oldest time.Duration
-	for _, c := range pr.flights {
-		oldest = max(oldest, time.Since(c.done))
-	}
-	if m := pr.p.inst.mirror; m != nil {
-		if oldest = m.Oldest(); pr.p.carries() {
-			oldest = 0 // slow or not, it holds the only good copy
-		}
-	}
-	slow := pr.slow.Observe(bootNow(), oldest)
 	pr.mu.Unlock()
+	slow := pr.slow.Observe(bootNow(), pr.owed())
 	if lost {
 		pr.tellApart(lostAt)
 	}
@@ -333,6 +326,12 @@ func (pr *pair) beat() {
 	}
 	b := beat{Term: uint64(pr.term), Run: packRun(pr.p.s.run()), SentAt: int64(bootNow())}
 	sess.Urgent(urgentBeat, b.encode())
+	if id := pr.ownDisk(); id != "" && pr.p.s.isDuplex() {
+		err := fmt.Errorf("disk %s of this host: no answer for %v: %w", id, stallLimit, syscall.ETIMEDOUT)
+		pr.p.s.noteDiskFailed(err)
+		pr.p.guestEnded(err.Error())
+		return
+	}
 	if slow {
 		pr.markLost()
 		pr.p.s.tl.problem(model.Problem{Code: "secondary-slow", Severity: model.Warning,
@@ -340,6 +339,53 @@ func (pr *pair) beat() {
 			Action: "look at the A-links and the load of that host; protection is tried again by itself"})
 		pr.p.s.post(authority.EvUnprotect{Reason: "the secondary is too slow"})
 	}
+}
+
+// owed is for how long the secondary has owed an answer, 0 if it owes none. What it has
+// acknowledged waits for this host, or for the gate.
+func (pr *pair) owed() (oldest time.Duration) {
+	if m := pr.p.inst.mirror; m != nil {
+		if pr.p.carries() {
+			return 0 // slow or not, it holds the only good copy
+		}
+		return m.Oldest()
+	}
+	pr.mu.Lock()
+	defer pr.mu.Unlock()
+	for _, c := range pr.flights {
+		if c.acked.IsZero() {
+			oldest = max(oldest, time.Since(c.done))
+		}
+	}
+	return oldest
+}
+
+// ownDisk names a disk of this host that does not answer, at a level that keeps epochs, where
+// what the secondary holds waits for it: the guest is better off there. "": there is none.
+func (pr *pair) ownDisk() string {
+	i := pr.p.inst
+	if i.mirror != nil {
+		return "" // see watchDisks
+	}
+	waits := time.Duration(0)
+	pr.mu.Lock()
+	for _, c := range pr.flights {
+		if !c.acked.IsZero() {
+			waits = max(waits, time.Since(c.acked))
+		}
+	}
+	pr.mu.Unlock()
+	if waits < stallLimit {
+		return ""
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for id, w := range i.watches {
+		if w.Oldest() >= stallLimit {
+			return id
+		}
+	}
+	return ""
 }
 
 // send registers a captured epoch and queues it. The runner calls it.
