@@ -1,7 +1,7 @@
 package shim
 
 import (
-	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -185,25 +185,25 @@ func (k *dryKills) awaitKill(h *dryHost, c dryCase) bool {
 	}
 }
 
-// runDryKills plays so many cells, or all of them, in random order, within d.
-func runDryKills(t *testing.T, seed uint64, most int, d time.Duration) {
+// runDryKills plays cells in random order, until d is over.
+func runDryKills(t *testing.T, cells []dryCase, seed uint64, d time.Duration) {
 	if seed == 0 {
 		seed = uint64(time.Now().UnixNano())
 	}
 	t.Logf("seed %d", seed)
-	cells := dryMatrix()
 	rnd := rand.New(rand.NewPCG(seed, 7))
 	rnd.Shuffle(len(cells), func(i, j int) { cells[i], cells[j] = cells[j], cells[i] })
 	k := newDryKills(t, seed)
 	began, hits, played := time.Now(), 0, 0
-	reached := map[string]bool{}
+	asked, reached := map[string]bool{}, map[string]bool{}
 	for _, c := range cells {
-		if played == most || time.Since(began) > d {
+		if time.Since(began) > d {
 			break
 		}
 		start := time.Now()
 		hit := k.cell(c)
 		played++
+		asked[c.point] = true
 		if hit {
 			hits++
 			reached[c.point] = true
@@ -215,11 +215,9 @@ func runDryKills(t *testing.T, seed uint64, most int, d time.Duration) {
 	if hits == 0 {
 		t.Error("nothing was killed: this test shows nothing")
 	}
-	if played == len(cells) {
-		for _, p := range dryPoints {
-			if !reached[p] {
-				t.Error(fmt.Sprintf("no shim came by the point %s", p))
-			}
+	for _, p := range slices.Sorted(maps.Keys(asked)) {
+		if played >= len(dryMatrix()) && !reached[p] {
+			t.Errorf("no shim came by the point %s", p)
 		}
 	}
 	k.l.begin()
@@ -227,5 +225,7 @@ func runDryKills(t *testing.T, seed uint64, most int, d time.Duration) {
 
 // TestPairKilledAtPoints plays some cells of the crash matrix; make soak plays all.
 func TestPairKilledAtPoints(t *testing.T) {
-	runDryKills(t, 0, 6, 12*time.Second)
+	cells := dryMatrix()
+	rand.Shuffle(len(cells), func(i, j int) { cells[i], cells[j] = cells[j], cells[i] })
+	runDryKills(t, cells[:6], 0, 12*time.Second)
 }

@@ -295,7 +295,7 @@ func (st *standby) take(m peer.Message) error {
 		return st.takeChunk(m.Payload)
 	case kindSyncFlush:
 		return st.flushCopy()
-	case kindDiskWord, kindDiskSums, kindDurable, kindWantDurable:
+	case kindDiskWord, kindDiskSums:
 		return st.takeDiskMessage(m)
 	case kindEpochBegin:
 		return st.takeBegin(m.Payload)
@@ -610,6 +610,10 @@ func (st *standby) setAcking(on bool) {
 
 // onUrgent is called from the goroutines that read links.
 func (st *standby) onUrgent(kind uint8, payload []byte) {
+	if kind == urgentDurable || kind == urgentWant {
+		st.disks.takeReport(kind, payload)
+		return
+	}
 	b, err := decodeBeat(payload)
 	if err != nil {
 		return

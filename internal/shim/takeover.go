@@ -187,6 +187,11 @@ func (st *standby) settle() error {
 	if err != nil {
 		return err
 	}
+	// Nobody reports any more what is durable elsewhere: what is applied from here on
+	// must not wait for that.
+	for _, store := range st.inst.stores {
+		store.Detach()
+	}
 	st.drained.Do(func() { close(st.drain) })
 	if err := st.carryOut(acts); err != nil {
 		return err
