@@ -18,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"perdure/internal/authority"
 	"perdure/internal/blockstore"
 	"perdure/internal/model"
@@ -149,6 +151,9 @@ func newDryAt(t *testing.T, level model.Level, real bool, size int64, opts block
 		w.done.Wait()
 		for _, h := range w.hosts {
 			h.powerOff(true, nil)
+			if w.real && level == model.LevelFT {
+				_ = unix.Unmount(filepath.Join(h.dir, "mem"), unix.MNT_DETACH) // of a shim that was killed; else there is none
+			}
 		}
 		storageOf = old
 	})

@@ -12,3 +12,7 @@ import (
 func TestFTDiskUnderFaults(t *testing.T) {
 	runDryFaults(t, model.LevelFT, 0, 15*time.Second)
 }
+
+// TestFTPairKilledAtPoints plays some cells of the crash matrix of level ft; make
+// soak plays all.
+func TestFTPairKilledAtPoints(t *testing.T) { playSome(t, model.LevelFT) }

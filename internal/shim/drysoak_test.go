@@ -25,7 +25,7 @@ func TestSoakReplicatedDisk(t *testing.T) { runDryFaults(t, model.LevelCA, *soak
 
 // TestSoakPairKilled plays the whole crash matrix.
 func TestSoakPairKilled(t *testing.T) {
-	runDryKills(t, soakCells(t, dryMatrix()), *soakSeed, time.Hour)
+	runDryKills(t, model.LevelCA, soakCells(t, dryMatrix(model.LevelCA)), *soakSeed, time.Hour)
 }
 
 // soakCells is the part of a matrix that was asked for.
@@ -66,3 +66,8 @@ func TestSoakResyncOfALargeDisk(t *testing.T) {
 
 // TestSoakFTDisk makes faults below the disk of a VM of level ft at random.
 func TestSoakFTDisk(t *testing.T) { runDryFaults(t, model.LevelFT, *soakSeed, *soakFor) }
+
+// TestSoakFTPairKilled plays the whole crash matrix of level ft.
+func TestSoakFTPairKilled(t *testing.T) {
+	runDryKills(t, model.LevelFT, soakCells(t, dryMatrix(model.LevelFT)), *soakSeed, time.Hour)
+}

@@ -493,6 +493,7 @@ func (st *standby) takeEnd(p []byte) error {
 		st.s.post(authority.EvGuestEnded{Reason: "disk of the standby: " + err.Error()})
 		return err
 	}
+	st.inst.point("epoch.journaled")
 	st.mu.Lock()
 	acts = append(dropJournal(acts), st.books.Durable(c.epoch)...)
 	st.mu.Unlock()

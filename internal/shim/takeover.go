@@ -89,6 +89,7 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 		st.endReceiving()
 		return
 	}
+	st.inst.point("takeover.applied")
 	applied := time.Now()
 	c := st.newest
 	line := st.writeLine() // beside the load, which touches no disk
@@ -103,6 +104,7 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 		st.endReceiving()
 		return
 	}
+	st.inst.point("takeover.line")
 	p := newPrimary(s, st.inst, st.disks, c.epoch)
 	p.started = true
 	s.mu.Lock()
