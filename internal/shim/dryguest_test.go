@@ -47,6 +47,7 @@ type dryGuest struct {
 	seen               uint64      // number that was let out last
 	void               [][2]uint64 // numbers that were said by a guest that was given up: after, up to
 	boots, loads, late int         // how often it began anew, went on elsewhere, and did so while the old one lived
+	atStop             func()      // what the guest does yet while its QEMU has not heard that it is to stop; nil: nothing
 	rotten             bool        // the images are not what was written to them: as a test did
 }
 
@@ -185,7 +186,12 @@ func (s *guestSeat) tell(m lineMessage) {
 // stop makes the guest stand still, with nothing under way, and gives its state a number.
 func (s *guestSeat) stop() uint64 {
 	g := s.g
-	if rand.IntN(4) == 0 {
+	g.mu.Lock()
+	yet := g.atStop
+	g.mu.Unlock()
+	if yet != nil && !s.isGhost() {
+		yet()
+	} else if rand.IntN(4) == 0 {
 		time.Sleep(time.Duration(rand.Int64N(int64(2 * time.Millisecond)))) // QEMU hears it when it hears it
 	}
 	g.ctl.Lock()
@@ -328,8 +334,8 @@ func (s *guestSeat) load(state uint64) error {
 	for n, r := range g.runs {
 		errs = append(errs, r.RollBack(st.marks[n]))
 	}
-	if !rotten {
-		errs = append(errs, g.look(s.h))
+	if err := g.look(s.h); !rotten && !closed(s.life.over) { // else what was looked at is no disk
+		errs = append(errs, err)
 	}
 	if err := errors.Join(errs...); err != nil {
 		g.t.Errorf("takeover by host %s: %v", s.h.name, err)
@@ -398,6 +404,9 @@ func (s *guestSeat) boot() {
 	}
 	g.giveUp(g.seen)
 	p, err := s.h.image()
+	if err != nil && closed(s.life.over) {
+		return // it has just lost its power again
+	}
 	if err != nil {
 		g.t.Errorf("boot on host %s: %v", s.h.name, err)
 		return
