@@ -210,6 +210,15 @@ func (f *dryFaults) crash(primary, kill bool) {
 		keep = f.some
 	}
 	h.powerOff(kill, keep)
+	// Where the other one's copy had failed before, this was the only one: it has lost
+	// what was not flushed, like any disk.
+	if rec := f.w.store.get().Record; !kill && f.w.guest == nil && rec.Replicas[h.other().name].State == model.Inconsistent {
+		f.l.cut()
+		for _, r := range f.l.runs {
+			r.PowerLost()
+		}
+		defer f.l.begin()
+	}
 	f.pause(50*time.Millisecond, time.Second)
 	h.powerOn()
 }
