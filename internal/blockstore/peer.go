@@ -33,6 +33,15 @@ func (s *Store) PeerDurable(through model.Epoch) { s.act.peerDurable(through) }
 // epoch being in place here, as the peer has it whole.
 func (s *Store) PeerWanted() <-chan struct{} { return s.act.ask }
 
+// PeerAwaited reports whether a write waits, perhaps for the peer's report: where
+// notes may get lost, the owner asks the peer again.
+func (s *Store) PeerAwaited() bool {
+	a := &s.act
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.attached && a.waiting > 0
+}
+
 // Committed says that epoch e has ended: all its changes are in place, and what
 // ends from now on belongs to a later one. Apply says so by itself. The owner of
 // a Volume says it after Commit; of one in mode Direct whenever it wants a line

@@ -54,8 +54,10 @@ type Volume struct {
 	stopping bool          // a FLUSH counts for the next epoch
 	within   bool          // obligations of the open epoch, see EpochWrites
 	before   bool
-	next     bool // a FLUSH came while stopping
-	owing    bool // something was written that no FLUSH obliges to yet
+	next     bool      // a FLUSH came while stopping
+	nextAt   time.Time // when the first of these came
+	stopFrom time.Time // when stopping began
+	owing    bool      // something was written that no FLUSH obliges to yet
 
 	trackMu sync.Mutex
 	dirty   *bitmap.Bitmap // nil: not tracking
@@ -400,7 +402,9 @@ func (v *Volume) oblige() {
 	v.owing = false
 	switch {
 	case v.stopping:
-		v.next = true
+		if !v.next {
+			v.next, v.nextAt = true, time.Now()
+		}
 	case v.open.empty():
 		v.before = true
 	default:
@@ -441,11 +445,40 @@ func (v *Volume) Extent(_ context.Context, off, n int64) (length int64, hole boo
 // BeginStop is called before QEMU is told to stop, in mode Held. QEMU flushes
 // every disk at each stop; such a FLUSH, and a guest's own that ends as late, is
 // seen by the guest only after cont, so it obliges the next epoch, and an epoch
-// that merely wrote needs no sync of its own.
+// that merely wrote needs no sync of its own. Stopped tells which are as late.
 func (v *Volume) BeginStop() {
 	v.mu.Lock()
-	v.stopping = true
+	v.stopping, v.stopFrom = true, time.Now()
 	v.mu.Unlock()
+}
+
+// clockSlip is by how much the wall clock may differ from the monotonic one over a
+// stop before it is not believed.
+const clockSlip = time.Millisecond
+
+// Stopped says since when the guest has stood still, by the wall clock, as QEMU
+// tells it with its STOP event; zero: nobody knows. Called between the stop and
+// Cut. A FLUSH that came before may have been answered, and told of, in the epoch
+// that ends: it obliges that one.
+func (v *Volume) Stopped(at time.Time) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if !v.stopping || !v.next {
+		return
+	}
+	now := time.Now()
+	slip := now.Round(0).Sub(v.stopFrom.Round(0)) - now.Sub(v.stopFrom)
+	believed := !at.IsZero() && slip.Abs() <= clockSlip
+	// QEMU's clock is cut off at microseconds.
+	if believed && v.nextAt.Round(0).After(at.Add(time.Microsecond)) {
+		return
+	}
+	v.next = false
+	if v.open.empty() {
+		v.before = true
+	} else {
+		v.within = true
+	}
 }
 
 // EndStop is called after cont when no Cut was made in between.

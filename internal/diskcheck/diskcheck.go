@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -26,9 +27,16 @@ type Config struct {
 	Span  int   // registers that one request covers at most; 0: 4
 	Depth int   // requests under way on one connection; 0: 8
 	Conns int   // connections; 0: 1
+
+	// Gate, if given, is held shared by each request from before it is sent until it
+	// was noted. Who holds it exclusively has a guest that stands still with nothing under way.
+	Gate *sync.RWMutex
 }
 
 func (c Config) withDefaults() Config {
+	if c.Gate == nil {
+		c.Gate = new(sync.RWMutex)
+	}
 	for p, v := range map[*int]int{&c.Unit: 4096, &c.Units: 64, &c.Span: 4, &c.Depth: 8, &c.Conns: 1} {
 		if *p <= 0 {
 			*p = v
@@ -53,11 +61,17 @@ type Run struct {
 	value atomic.Uint64 // the last pattern that was handed out
 	rest  atomic.Bool
 
+	ghosts atomic.Uint64 // patterns of guests that were given up
+
 	mu      sync.Mutex
 	units   [][]entry // by unit, in no order
 	flushes []entry
 	losses  []entry
 	moves   []entry
+	from    int64 // when this history begins
+	past    *past // what was before, if it was settled
+	undone  []span
+	rolls   int // how often it was rolled back
 }
 
 // New returns a Run without history.
@@ -198,6 +212,7 @@ func (r *Run) Settle(ctx context.Context, limit time.Duration) error {
 	defer c.close()
 	defer context.AfterFunc(ctx, c.close)()
 	r.mu.Lock()
+	rolls := r.rolls
 	for _, h := range r.units {
 		for i := range h {
 			if h[i].kind == writeOf && h[i].ret == never {
@@ -217,13 +232,20 @@ func (r *Run) Settle(ctx context.Context, limit time.Duration) error {
 	if err := r.Check(limit); err != nil {
 		return err
 	}
+	r.cfg.Gate.RLock() // not while the guest is taken elsewhere
+	defer r.cfg.Gate.RUnlock()
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.rolls != rolls {
+		return nil // the reads of just now are undone: the history goes on
+	}
+	r.past = &past{units: slices.Clone(r.units), flushes: r.flushes, losses: r.losses, moves: r.moves, from: r.from, to: r.now()}
 	for u, h := range r.units {
 		last := h[len(h)-1] // the read of just now
 		r.units[u] = []entry{{kind: writeOf, value: last.value, call: last.call, ret: last.ret, durable: true}}
 	}
 	r.flushes, r.losses, r.moves = nil, nil, nil
+	r.from = r.past.to
 	return nil
 }
 
@@ -249,6 +271,8 @@ func (r *Run) TakenOver(from time.Time) {
 func (r *Run) offset(unit int) int64 { return r.cfg.Start + int64(unit)*int64(r.cfg.Unit) }
 
 func (r *Run) read(c *client, at, n int) error {
+	r.cfg.Gate.RLock()
+	defer r.cfg.Gate.RUnlock()
 	p := make([]byte, n*r.cfg.Unit)
 	call := r.now()
 	err := c.do(cmdRead, 0, r.offset(at), len(p), nil, p)
@@ -263,6 +287,8 @@ func (r *Run) read(c *client, at, n int) error {
 }
 
 func (r *Run) write(c *client, cmd, flags uint16, at, n int) error {
+	r.cfg.Gate.RLock()
+	defer r.cfg.Gate.RUnlock()
 	var v uint64
 	var p []byte
 	if cmd == cmdWrite {
@@ -289,6 +315,8 @@ func (r *Run) write(c *client, cmd, flags uint16, at, n int) error {
 }
 
 func (r *Run) flush(c *client) error {
+	r.cfg.Gate.RLock()
+	defer r.cfg.Gate.RUnlock()
 	call := r.now()
 	err := c.do(cmdFlush, 0, 0, 0, nil, nil)
 	ret := r.now()

@@ -31,6 +31,9 @@ type Stopped struct {
 	// false, something else had (see Status), and the caller must not Cont on
 	// its own.
 	WasRunning bool
+	// At is when it had stopped, by QEMU's reading of the wall clock: from then on its
+	// CPUs did nothing. Zero if that is not known.
+	At time.Time
 }
 
 type statusReply struct {
@@ -57,7 +60,7 @@ func (q *QMP) stopped(ctx context.Context, r reply) (Stopped, error) {
 		return Stopped{}, r.err
 	}
 	if r.seen && !r.suspect {
-		return Stopped{Status: StatusPaused, WasRunning: true}, nil
+		return Stopped{Status: StatusPaused, WasRunning: true, At: r.at}, nil
 	}
 	// An I/O error or a panic may have been quicker by a moment, and its STOP
 	// looks like ours.

@@ -84,10 +84,11 @@ func TestStopSaveLoadCont(t *testing.T) {
 	if s, running, err := a.q.Status(ctx); err != nil || s != StatusRunning || !running {
 		t.Fatal(s, running, err)
 	}
+	before := time.Now().Truncate(time.Microsecond)
 	st, err = a.q.Stop(ctx)
 	check(t, err)
-	if !st.WasRunning || st.Status != StatusPaused {
-		t.Errorf("after Cont: %+v", st)
+	if !st.WasRunning || st.Status != StatusPaused || st.At.Before(before) || st.At.After(time.Now()) {
+		t.Errorf("after Cont, told to stop at %v: %+v", before, st)
 	}
 	st, err = a.q.Stop(ctx)
 	check(t, err)
@@ -350,7 +351,7 @@ func TestStopAndSave(t *testing.T) {
 		return nil
 	})
 	check(t, err)
-	if !st.WasRunning || called != 1 || len(state) < 1000 {
+	if !st.WasRunning || called != 1 || len(state) < 1000 || st.At.IsZero() {
 		t.Errorf("%+v, %d calls, %d bytes", st, called, len(state))
 	}
 	b := start(t, func(m *Machine) { m.Incoming = true })

@@ -52,13 +52,15 @@ type call struct {
 	// hear of; seen says that it came. Both belong to the reader until reply.
 	swallow string
 	seen    bool
+	at      time.Time // of the event
 	reply   chan reply
 }
 
 type reply struct {
 	value   json.RawMessage
-	seen    bool // the call's event came
-	suspect bool // an event that tells of another reason to stand still came since the last Cont
+	seen    bool      // the call's event came
+	at      time.Time // and when, by QEMU's clock
+	suspect bool      // an event that tells of another reason to stand still came since the last Cont
 	err     error
 }
 
@@ -310,7 +312,7 @@ func (q *QMP) answer(m *message) {
 	}
 	c := q.pending[0]
 	q.pending = q.pending[1:]
-	r := reply{value: m.Return, seen: c.seen, suspect: q.suspect}
+	r := reply{value: m.Return, seen: c.seen, at: c.at, suspect: q.suspect}
 	if c.swallow == "RESUME" && m.Error == nil {
 		q.suspect = false
 	}
@@ -328,7 +330,7 @@ func (q *QMP) event(m *message) {
 	if e.Name == "STOP" || e.Name == "RESUME" {
 		for _, c := range q.pending {
 			if c.swallow == e.Name {
-				c.seen, own = true, true
+				c.seen, c.at, own = true, e.Time, true
 				break
 			}
 		}

@@ -114,6 +114,9 @@ func (p *primary) capture(flags uint32, stay bool, stopped func() error) (c *cap
 	if err != nil {
 		return nil, err
 	}
+	for _, v := range p.inst.vols {
+		v.Stopped(st.At)
+	}
 	if stopped != nil {
 		if err := stopped(); err != nil {
 			return nil, err

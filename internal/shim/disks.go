@@ -24,6 +24,7 @@ type disks struct {
 	mu   sync.Mutex
 	list []disk
 	news chan struct{} // a machine moved
+	want chan struct{} // the peer waits for what is not durable here yet, see reports
 }
 
 type disk struct {
@@ -60,7 +61,7 @@ func copyOf(m blockstore.Meta) replica.Copy {
 
 // newDisks takes over the replicas of an instance whose journals were replayed.
 func newDisks(s *Shim, inst *instance) *disks {
-	d := &disks{s: s, inst: inst, list: make([]disk, len(inst.stores)), news: make(chan struct{}, 1)}
+	d := &disks{s: s, inst: inst, list: make([]disk, len(inst.stores)), news: make(chan struct{}, 1), want: make(chan struct{}, 1)}
 	for n, st := range inst.stores {
 		d.list[n].store = st
 		c := copyOf(st.Meta())

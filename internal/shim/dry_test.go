@@ -18,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"perdure/internal/authority"
 	"perdure/internal/blockstore"
 	"perdure/internal/model"
@@ -45,6 +47,8 @@ type dry struct {
 	size  int64
 	opts  blockstore.Options // of the stores
 	hosts map[string]*dryHost
+	guest *dryGuest // level ft
+	begin func()    // starts the agents; at level ft when the guest has something to do
 	stop  context.CancelFunc
 	done  sync.WaitGroup
 
@@ -89,10 +93,20 @@ type dryLife struct {
 }
 
 func newDry(t *testing.T, real bool) *dry {
-	return newDryOf(t, real, drySize, blockstore.Options{Activity: dryActivity, JournalLimit: 64 << 10})
+	return newDryOf(t, real, drySize, dryOptions())
+}
+
+func dryOptions() blockstore.Options {
+	return blockstore.Options{Activity: dryActivity, JournalLimit: 64 << 10}
 }
 
 func newDryOf(t *testing.T, real bool, size int64, opts blockstore.Options) *dry {
+	t.Helper()
+	return newDryAt(t, model.LevelCA, real, size, opts)
+}
+
+// newDryAt makes a world for a VM of level ca or ft. At level ft a dryGuest is the guest.
+func newDryAt(t *testing.T, level model.Level, real bool, size int64, opts blockstore.Options) *dry {
 	t.Helper()
 	ca, err := pki.NewCA("test", time.Now())
 	if err != nil {
@@ -110,9 +124,9 @@ func newDryOf(t *testing.T, real bool, size int64, opts blockstore.Options) *dry
 		store: &store{t: t, endpoints: map[string]shimapi.Endpoint{}, down: map[string]bool{}, changed: make(chan struct{})}}}
 	ft := model.DefaultFTPolicy()
 	ft.DetectMS = dryDetect
-	w.spec = model.VMSpec{Name: "vm1", UUID: "6b6f1f0e-0000-4000-8000-000000000001", Level: model.LevelCA, VCPUs: 1,
+	w.spec = model.VMSpec{Name: "vm1", UUID: "6b6f1f0e-0000-4000-8000-000000000001", Level: level, VCPUs: 1,
 		Memory: 16 << 20, Machine: "pc-i440fx-7.2", CPU: "max", Accel: "tcg", FT: ft, Disks: []model.DiskSpec{{ID: "disk0", Size: size}}}
-	w.store.cur = model.Versioned{Revision: 1, Record: model.Record{VM: "vm1", Term: 1, Mode: model.ModeStarting, Level: model.LevelCA,
+	w.store.cur = model.Versioned{Revision: 1, Record: model.Record{VM: "vm1", Term: 1, Mode: model.ModeStarting, Level: level,
 		Primary: model.Seat{Host: "a"}, Replicas: map[string]model.Replica{"a": {State: model.UpToDate, Term: 0}}, Wanted: model.WantRunning}}
 	for _, name := range []string{"a", "b"} {
 		w.addDryHost(name)
@@ -129,17 +143,28 @@ func newDryOf(t *testing.T, real bool, size int64, opts blockstore.Options) *dry
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	w.stop = cancel
-	for _, h := range w.hosts {
-		w.done.Go(func() { h.agent(ctx) })
+	if level == model.LevelFT {
+		w.guest = newDryGuest(t, w)
 	}
 	t.Cleanup(func() {
 		cancel()
 		w.done.Wait()
 		for _, h := range w.hosts {
 			h.powerOff(true, nil)
+			if w.real && level == model.LevelFT {
+				_ = unix.Unmount(filepath.Join(h.dir, "mem"), unix.MNT_DETACH) // of a shim that was killed; else there is none
+			}
 		}
 		storageOf = old
 	})
+	w.begin = func() {
+		for _, h := range w.hosts {
+			w.done.Go(func() { h.agent(ctx) })
+		}
+	}
+	if w.guest == nil {
+		w.begin()
+	}
 	return w
 }
 
@@ -439,6 +464,9 @@ func (h *dryHost) powerOn() {
 
 // dial connects to the disk of the instance whose output passes, if there is one.
 func (w *dry) dial(ctx context.Context) (net.Conn, error) {
+	if w.guest != nil {
+		return w.guest.dial(ctx)
+	}
 	for {
 		for _, h := range w.hosts {
 			l := h.now()

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -52,10 +54,18 @@ func newDryLoad(w *dry, seed uint64) *dryLoad {
 			r.TakenOver(from)
 		}
 	}
+	var gate *sync.RWMutex
+	if w.guest != nil {
+		gate = &w.guest.gate
+	}
 	for n, depth := range dryDepths {
 		start := dryStart(n)
 		l.runs = append(l.runs, diskcheck.New(diskcheck.Config{Dial: w.dial, Export: "disk0", Seed: seed + uint64(n), Unit: vfs.Sector, Units: dryUnits(n), Span: 16,
-			Depth: depth, Conns: 1 + n%2, Start: start}))
+			Depth: depth, Conns: 1 + n%2, Start: start, Gate: gate}))
+	}
+	if w.guest != nil {
+		w.guest.runs = l.runs
+		w.begin()
 	}
 	return l
 }
@@ -95,6 +105,10 @@ func (l *dryLoad) report(ctx context.Context) {
 			continue
 		}
 		seen = n
+		if l.w.guest != nil {
+			l.w.guest.fail()
+			continue
+		}
 		for _, h := range l.w.hosts {
 			if life := h.now(); life != nil && life.gate.isOpen() {
 				signalHollow(h.dir, syscall.SIGUSR1)
@@ -196,6 +210,15 @@ func (f *dryFaults) crash(primary, kill bool) {
 		keep = f.some
 	}
 	h.powerOff(kill, keep)
+	// Where the other one's copy had failed before, this was the only one: it has lost
+	// what was not flushed, like any disk.
+	if rec := f.w.store.get().Record; !kill && f.w.guest == nil && rec.Replicas[h.other().name].State == model.Inconsistent {
+		f.l.cut()
+		for _, r := range f.l.runs {
+			r.PowerLost()
+		}
+		defer f.l.begin()
+	}
 	f.pause(50*time.Millisecond, time.Second)
 	h.powerOn()
 }
@@ -221,7 +244,7 @@ func (f *dryFaults) both(kill bool) {
 	a.powerOff(kill, keep)
 	b.powerOff(kill, keep)
 	f.l.cut()
-	if !kill {
+	if !kill && f.w.guest == nil { // a guest of level ft notices by itself
 		for _, r := range f.l.runs {
 			r.PowerLost()
 		}
@@ -381,6 +404,7 @@ func (f *dryFaults) recover() {
 			f.resume(f.w.hosts[rec.Primary.Host])
 		}
 		if time.Now().After(end) {
+			dumpGoroutines(f.t)
 			f.t.Fatalf("the VM is not protected again: %+v", rec)
 		}
 	}
@@ -447,18 +471,32 @@ func (f *dryFaults) round(fault dryFault) {
 	if err == nil {
 		err = f.l.settle()
 	}
+	if err == nil && f.w.guest != nil {
+		err = f.w.guest.quiet(20 * time.Second)
+	}
 	if err != nil {
+		dumpGoroutines(f.t)
 		f.t.Fatal(err)
 	}
 }
 
+// dumpGoroutines keeps what everything waits for, where CHECK_DUMP says.
+func dumpGoroutines(t *testing.T) {
+	if path := os.Getenv("PERDURE_TEST_DUMP"); path != "" {
+		buf := make([]byte, 16<<20)
+		if err := os.WriteFile(path, buf[:runtime.Stack(buf, true)], 0o600); err != nil {
+			t.Log(err)
+		}
+	}
+}
+
 // runDryFaults makes faults at random until the time is over, at least one.
-func runDryFaults(t *testing.T, seed uint64, d time.Duration) {
+func runDryFaults(t *testing.T, level model.Level, seed uint64, d time.Duration) {
 	if seed == 0 {
 		seed = uint64(time.Now().UnixNano())
 	}
 	t.Logf("seed %d", seed)
-	w := newDry(t, false)
+	w := newDryAt(t, level, false, drySize, dryOptions())
 	f := &dryFaults{t: t, w: w, l: newDryLoad(w, seed), r: rand.New(rand.NewPCG(seed, 11))}
 	w.untilDuplex(30 * time.Second)
 	f.l.begin()
@@ -474,11 +512,14 @@ func runDryFaults(t *testing.T, seed uint64, d time.Duration) {
 	}
 	f.l.end()
 	t.Logf("%d faults, %+v", rounds, f.l.count())
+	if w.guest != nil {
+		w.guest.account()
+	}
 	f.l.begin()
 }
 
 // TestReplicatedDiskUnderFaults is the disk of a VM of level ca as a guest sees
 // it, while everything below it breaks.
 func TestReplicatedDiskUnderFaults(t *testing.T) {
-	runDryFaults(t, 0, 15*time.Second)
+	runDryFaults(t, model.LevelCA, 0, 15*time.Second)
 }

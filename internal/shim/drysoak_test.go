@@ -4,10 +4,12 @@ package shim
 
 import (
 	"flag"
+	"fmt"
 	"testing"
 	"time"
 
 	"perdure/internal/blockstore"
+	"perdure/internal/model"
 )
 
 // The same flags as those of the end-to-end tests, which make soak passes to all.
@@ -15,13 +17,28 @@ var (
 	_        = flag.Bool("soak", false, "run the long tests; here they are built in")
 	soakFor  = flag.Duration("soak-for", 10*time.Minute, "how long random faults are made")
 	soakSeed = flag.Uint64("soak-seed", 0, "seed of the random faults (0: from the clock)")
+	soakPart = flag.String("soak-part", "1/1", "which part of a crash matrix is played: 2/3 is every third cell, from the second on")
 )
 
 // TestSoakReplicatedDisk makes faults below a replicated disk at random.
-func TestSoakReplicatedDisk(t *testing.T) { runDryFaults(t, *soakSeed, *soakFor) }
+func TestSoakReplicatedDisk(t *testing.T) { runDryFaults(t, model.LevelCA, *soakSeed, *soakFor) }
 
 // TestSoakPairKilled plays the whole crash matrix.
-func TestSoakPairKilled(t *testing.T) { runDryKills(t, *soakSeed, -1, time.Hour) }
+func TestSoakPairKilled(t *testing.T) {
+	runDryKills(t, model.LevelCA, soakCells(t, dryMatrix(model.LevelCA)), *soakSeed, time.Hour)
+}
+
+// soakCells is the part of a matrix that was asked for.
+func soakCells(t *testing.T, cells []dryCase) (out []dryCase) {
+	var k, n int
+	if _, err := fmt.Sscanf(*soakPart, "%d/%d", &k, &n); err != nil || k < 1 || k > n {
+		t.Fatalf("-soak-part %q is not K/N with K from 1 to N", *soakPart)
+	}
+	for i := k - 1; i < len(cells); i += n {
+		out = append(out, cells[i])
+	}
+	return out
+}
 
 // TestSoakResyncOfALargeDisk: 200 GiB, of which almost all is a hole; the time of a
 // resync follows what has changed, and the memory of the shims is bounded.
@@ -45,4 +62,12 @@ func TestSoakResyncOfALargeDisk(t *testing.T) {
 		}
 	}
 	t.Logf("ten times as much took %.1f times as long", took[1].Seconds()/took[0].Seconds())
+}
+
+// TestSoakFTDisk makes faults below the disk of a VM of level ft at random.
+func TestSoakFTDisk(t *testing.T) { runDryFaults(t, model.LevelFT, *soakSeed, *soakFor) }
+
+// TestSoakFTPairKilled plays the whole crash matrix of level ft.
+func TestSoakFTPairKilled(t *testing.T) {
+	runDryKills(t, model.LevelFT, soakCells(t, dryMatrix(model.LevelFT)), *soakSeed, time.Hour)
 }

@@ -5,9 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -20,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"perdure/internal/blockstore"
+	"perdure/internal/model"
 	"perdure/internal/shimapi"
 	"perdure/internal/vfs"
 )
@@ -50,96 +49,6 @@ func hollowMain() {
 			os.Exit(1)
 		}
 		os.Exit(0)
-	}
-}
-
-// qemuMain answers QMP until its last client has gone.
-func qemuMain(args []string) error {
-	path := ""
-	for n, a := range args {
-		if a == "-qmp" && n+1 < len(args) {
-			path, _, _ = strings.Cut(strings.TrimPrefix(args[n+1], "unix:"), ",")
-		}
-	}
-	_ = os.Remove(path) // a predecessor's, as QEMU does
-	ln, err := net.Listen("unix", path)
-	if err != nil {
-		return err
-	}
-	conn, err := ln.Accept()
-	if err != nil {
-		return err
-	}
-	var mu sync.Mutex
-	say := func(v any) {
-		mu.Lock()
-		defer mu.Unlock()
-		_ = json.NewEncoder(conn).Encode(v) // a client that left is noticed by reading
-	}
-	say(map[string]any{"QMP": map[string]any{"version": map[string]any{"qemu": map[string]int{"major": 7, "minor": 2, "micro": 22}}, "capabilities": []string{}}})
-	event := func(name string, data any) {
-		now := time.Now()
-		say(map[string]any{"event": name, "data": data, "timestamp": map[string]int64{"seconds": now.Unix(), "microseconds": int64(now.Nanosecond() / 1000)}})
-	}
-	var running atomic.Bool
-	failed := make(chan os.Signal, 1)
-	signal.Notify(failed, syscall.SIGUSR1) // its disk answered with an error
-	devices := hollowDevices{event: event, list: map[string]bool{}}
-	thrown := make(chan os.Signal, 1)
-	signal.Notify(thrown, syscall.SIGUSR2) // the guest throws out what it was given
-	go func() {
-		for range thrown {
-			devices.throwOut()
-		}
-	}()
-	go func() {
-		for range failed {
-			if running.Swap(false) {
-				event("BLOCK_IO_ERROR", map[string]string{"node-name": "disk0", "operation": "write", "action": "stop", "reason": "as the test says"})
-				event("STOP", struct{}{})
-			}
-		}
-	}()
-	for d := json.NewDecoder(conn); ; {
-		var c struct {
-			Execute   string `json:"execute"`
-			Arguments struct {
-				ID   string `json:"id"`
-				Node string `json:"node-name"`
-			} `json:"arguments"`
-		}
-		if d.Decode(&c) != nil {
-			break // its shim is gone; a QEMU stays, and keeps the lock
-		}
-		var answer any = struct{}{}
-		switch c.Execute {
-		case "stop":
-			if running.Swap(false) {
-				event("STOP", struct{}{})
-			}
-		case "cont":
-			running.Store(true)
-			event("RESUME", struct{}{})
-		case "query-status":
-			answer = map[string]any{"status": map[bool]string{true: "running", false: "paused"}[running.Load()], "running": running.Load()}
-		case "query-cpus-fast":
-			answer = []map[string]int{{"thread-id": os.Getpid(), "cpu-index": 0}}
-		case "query-block", "query-chardev":
-			answer = []int{}
-		case "device_add":
-			time.Sleep(hollowPlug)
-			devices.set(c.Arguments.ID, true)
-		case "device_del":
-			devices.set(c.Arguments.ID, false)
-		case "qom-list":
-			answer = devices.named("name")
-		case "query-named-block-nodes":
-			answer = []int{}
-		}
-		say(map[string]any{"return": answer})
-	}
-	for {
-		time.Sleep(time.Hour)
 	}
 }
 
@@ -226,7 +135,11 @@ func openHollow(cfg shimapi.Config, gate string, log *slog.Logger) (*Shim, error
 	if err != nil {
 		return nil, err
 	}
-	s, err := Open(cfg, nil, g, log)
+	var helper []string
+	if cfg.Spec.Level == model.LevelFT {
+		helper = []string{"/proc/self/exe", "flusher"} // see TestMain
+	}
+	s, err := Open(cfg, helper, g, log)
 	if err != nil {
 		return nil, err
 	}

@@ -223,6 +223,8 @@ func (pr *pair) onUrgent(kind uint8, payload []byte) {
 	}
 	s := pr.p.s
 	switch kind {
+	case urgentDurable, urgentWant:
+		pr.p.disks.takeReport(kind, payload)
 	case urgentAck:
 		if b, err := decodeBeat(payload); err == nil {
 			pr.onAck(b)

@@ -596,10 +596,12 @@ func (p *primary) leaveHeld(pr *pair) error {
 	if err := errors.Join(p.disks.lost(), p.disks.alone()); err != nil {
 		return err
 	}
+	p.inst.point("leave.line")
 	flights, err := pr.commitAlone()
 	if err != nil {
 		return err
 	}
+	p.inst.point("leave.committed")
 	for _, v := range p.inst.vols {
 		if err := v.SetMode(blockstore.Direct); err != nil {
 			return fmt.Errorf("write disk in place: %w", err)

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"time"
 
 	"perdure/internal/bitmap"
 	"perdure/internal/blockstore"
@@ -14,10 +13,6 @@ import (
 	"perdure/internal/peer"
 	"perdure/internal/replica"
 )
-
-// reportEvery is the distance in which each side tells the other what is durable
-// there: only then an extent may leave the activity log.
-const reportEvery = time.Second
 
 // sumChunks is how many chunks are compared by one message.
 const sumChunks = 256
@@ -83,8 +78,6 @@ func (pr *pair) takeDisk(m peer.Message) error {
 		case pr.differ <- m.Payload:
 		case <-pr.ctx.Done():
 		}
-	case kindDurable, kindWantDurable:
-		return pr.p.disks.takeReport(m, pr.goWork, pr.sendKind)
 	}
 	return nil
 }
@@ -242,80 +235,6 @@ func (pr *pair) askDiffer(n int, start, end int64) ([]byte, error) {
 	}
 }
 
-// takeReport notes what the peer has made durable, or makes durable what it waits for.
-func (d *disks) takeReport(m peer.Message, work func(func()), send func(kind uint8, content ...[]byte) error) error {
-	if m.Kind == kindDurable {
-		if len(m.Payload) != 8*len(d.list) {
-			return fmt.Errorf("report of what is durable: %d bytes for %d disks", len(m.Payload), len(d.list))
-		}
-		for n, st := range d.inst.stores {
-			st.PeerDurable(model.Epoch(binary.LittleEndian.Uint64(m.Payload[8*n:])))
-		}
-		return nil
-	}
-	work(func() {
-		for _, st := range d.inst.stores {
-			if err := st.Flush(); err != nil {
-				return // the replica is given up; whoever writes next is told
-			}
-		}
-		_ = d.report(send) // a lost session needs no report
-	})
-	return nil
-}
-
-func (d *disks) report(send func(kind uint8, content ...[]byte) error) error {
-	var b []byte
-	for _, st := range d.inst.stores {
-		b = binary.LittleEndian.AppendUint64(b, uint64(st.DurableThrough()))
-	}
-	return send(kindDurable, b)
-}
-
-// reports tells the peer what is durable here, until done is closed or the
-// session is lost, and asks the peer to make durable what writes here wait for.
-func (d *disks) reports(done, lost <-chan struct{}, send func(kind uint8, content ...[]byte) error) {
-	if len(d.list) == 0 || d.inst.mirror != nil {
-		return
-	}
-	wanted := make(chan struct{}, 1)
-	stop := make(chan struct{})
-	defer close(stop)
-	for _, st := range d.inst.stores {
-		d.s.goWork(func() {
-			for {
-				select {
-				case <-st.PeerWanted():
-					select {
-					case wanted <- struct{}{}:
-					default:
-					}
-				case <-stop:
-					return
-				}
-			}
-		})
-	}
-	t := time.NewTicker(reportEvery)
-	defer t.Stop()
-	for {
-		var err error
-		select {
-		case <-t.C:
-			err = d.report(send)
-		case <-wanted:
-			err = send(kindWantDurable)
-		case <-lost:
-			return
-		case <-done:
-			return
-		}
-		if err != nil {
-			return
-		}
-	}
-}
-
 // meet compares the standby's copies with the primary's.
 func (st *standby) meet(h hello) error {
 	d := st.disks
@@ -338,7 +257,7 @@ func (st *standby) takeDiskMessage(m peer.Message) error {
 	case kindDiskSums:
 		return st.takeSums(m.Payload)
 	}
-	return st.disks.takeReport(m, st.goWork, st.sendKind)
+	return fmt.Errorf("message of kind %d about a disk", m.Kind)
 }
 
 func (st *standby) sendKind(kind uint8, content ...[]byte) error {
@@ -385,6 +304,6 @@ func (st *standby) disksWhole(e model.Epoch) error {
 	if st.target == nil {
 		st.disks.attach(e)
 	}
-	st.goWork(func() { st.disks.reports(st.ctx.Done(), st.sess.Lost(), st.sendKind) })
+	st.goWork(func() { st.disks.reports(st.ctx.Done(), st.sess) })
 	return st.disks.sendWords(words, st.sendKind)
 }

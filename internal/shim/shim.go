@@ -289,6 +289,11 @@ func (s *Shim) teardown(cause error) {
 	s.mu.Lock()
 	inst, prim, stby := s.inst, s.prim, s.stby
 	s.mu.Unlock()
+	if inst != nil {
+		for _, st := range inst.storeList() {
+			st.Detach() // nothing here waits for the peer's reports any more
+		}
+	}
 	if prim != nil {
 		prim.close()
 	}

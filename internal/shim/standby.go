@@ -295,7 +295,7 @@ func (st *standby) take(m peer.Message) error {
 		return st.takeChunk(m.Payload)
 	case kindSyncFlush:
 		return st.flushCopy()
-	case kindDiskWord, kindDiskSums, kindDurable, kindWantDurable:
+	case kindDiskWord, kindDiskSums:
 		return st.takeDiskMessage(m)
 	case kindEpochBegin:
 		return st.takeBegin(m.Payload)
@@ -493,6 +493,7 @@ func (st *standby) takeEnd(p []byte) error {
 		st.s.post(authority.EvGuestEnded{Reason: "disk of the standby: " + err.Error()})
 		return err
 	}
+	st.inst.point("epoch.journaled")
 	st.mu.Lock()
 	acts = append(dropJournal(acts), st.books.Durable(c.epoch)...)
 	st.mu.Unlock()
@@ -610,6 +611,10 @@ func (st *standby) setAcking(on bool) {
 
 // onUrgent is called from the goroutines that read links.
 func (st *standby) onUrgent(kind uint8, payload []byte) {
+	if kind == urgentDurable || kind == urgentWant {
+		st.disks.takeReport(kind, payload)
+		return
+	}
 	b, err := decodeBeat(payload)
 	if err != nil {
 		return

@@ -454,7 +454,7 @@ func (pr *pair) takeLastDisk() error {
 	if _, err := pr.p.disks.all(replica.EvCaughtUp{}); err != nil {
 		return err
 	}
-	pr.goWork(func() { pr.p.disks.reports(pr.ctx.Done(), pr.sess.Lost(), pr.sendKind) })
+	pr.goWork(func() { pr.p.disks.reports(pr.ctx.Done(), pr.sess) })
 	pr.owesLast = true
 	for n, v := range pr.p.inst.vols {
 		pr.lastDisk = append(pr.lastDisk, pr.dirtyChunks(n)...)

@@ -89,6 +89,7 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 		st.endReceiving()
 		return
 	}
+	st.inst.point("takeover.applied")
 	applied := time.Now()
 	c := st.newest
 	line := st.writeLine() // beside the load, which touches no disk
@@ -103,6 +104,7 @@ func (s *Shim) takeOver(st *standby, a authority.ActTakeOver) {
 		st.endReceiving()
 		return
 	}
+	st.inst.point("takeover.line")
 	p := newPrimary(s, st.inst, st.disks, c.epoch)
 	p.started = true
 	s.mu.Lock()
@@ -186,6 +188,11 @@ func (st *standby) settle() error {
 	st.recvMu.Unlock()
 	if err != nil {
 		return err
+	}
+	// Nobody reports any more what is durable elsewhere: what is applied from here on
+	// must not wait for that.
+	for _, store := range st.inst.stores {
+		store.Detach()
 	}
 	st.drained.Do(func() { close(st.drain) })
 	if err := st.carryOut(acts); err != nil {

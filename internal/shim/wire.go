@@ -37,17 +37,19 @@ const (
 	kindDiskMarks                     // secondary to primary: marksHead, words of a bitmap
 	kindDiskSums                      // sumsHead, digests of chunks
 	kindDiskDiffer                    // secondary to primary: sumsHead, one byte per chunk, 1: differs
-	kindDurable                       // either way: by disk, the epoch up to which all is durable (u64 each)
-	kindWantDurable                   // either way: make durable what you have, and report
+	_                                 // these two were reports of what is durable
+	_                                 // and are urgent now
 )
 
 // Kinds of urgent messages: small, sent on every link, may come twice or out of order.
 const (
-	urgentBeat  uint8 = 1 + iota // beat, primary to secondary
-	urgentAck                    // beat, secondary to primary: answers a beat or a complete epoch
-	urgentDead                   // run whose guest or memory is gone for sure
-	urgentTerm                   // term that the sender has read in the record
-	urgentAlarm                  // text: the sender found that the pair is not sound
+	urgentBeat    uint8 = 1 + iota // beat, primary to secondary
+	urgentAck                      // beat, secondary to primary: answers a beat or a complete epoch
+	urgentDead                     // run whose guest or memory is gone for sure
+	urgentTerm                     // term that the sender has read in the record
+	urgentAlarm                    // text: the sender found that the pair is not sound
+	urgentDurable                  // either way: by disk, the epoch up to which all is durable (u64 each)
+	urgentWant                     // either way: make durable what you have, and report
 )
 
 // hello opens every session; each side judges the other's.
