@@ -66,6 +66,8 @@ func (a *Agent) disksOf(ctx context.Context, v clusterstore.VMView) []api.VMDisk
 		for i, h := range names {
 			r := replicaOf(answers[i], d.ID)
 			r.Host, r.Role, r.State = h, "spare", rec.Replicas[h].State
+			at, _ := v.Spec.Place(d.ID, h)
+			r.Place = at.Path
 			switch h {
 			case rec.Primary.Host:
 				r.Role = "primary"
@@ -205,7 +207,7 @@ func inspectReplica(dir, id string) api.DiskReplica {
 	if err != nil {
 		return api.DiskReplica{Error: err.Error()}
 	}
-	r := api.DiskReplica{Exists: true, Path: rep.Image, Size: rep.Meta.Size, OwnState: model.ReplicaState(rep.Meta.State), Term: model.Term(rep.Meta.Term),
+	r := api.DiskReplica{Exists: true, Path: rep.Image, Device: rep.Device, Size: rep.Meta.Size, OwnState: model.ReplicaState(rep.Meta.State), Term: model.Term(rep.Meta.Term),
 		Branch: model.BranchID(rep.Meta.Branch), Line: rep.Meta.Current, Clean: rep.Meta.Clean, Checksums: rep.Checksums, JournalLen: rep.Journal.Bytes}
 	if rep.Log != nil {
 		r.ActiveLog = rep.Log.Bytes

@@ -64,8 +64,8 @@ const (
 	// placedVersion is that of a replica whose image lies elsewhere: a release that
 	// does not know stamps must not open it.
 	placedVersion = 3
-	maxString   = 63   // bytes of vm, disk, branch and run
-	maxImage    = 1022 // bytes of the image's path
+	maxString     = 63   // bytes of vm, disk, branch and run
+	maxImage      = 1022 // bytes of the image's path
 
 	atLineage = slotUsed
 	atImage   = atLineage + replica.EncodedSize

@@ -234,34 +234,44 @@ func (s *Store) bumpStamp() error {
 	return nil
 }
 
-// placeImage makes an image elsewhere, and stamps it. It returns where the stamp is.
-func placeImage(fsys vfs.FS, p Params, t stamp) (at int64, err error) {
-	made := false
+// placeImage makes an image elsewhere, and stamps it. It returns where the stamp is, and
+// whether the file was made.
+func placeImage(fsys vfs.FS, p Params, t stamp) (at int64, made bool, err error) {
 	if ok, err := fsys.Exists(p.Image); err != nil {
-		return 0, err
+		return 0, false, err
 	} else if !ok {
 		if p.Device || p.Adopt {
-			return 0, fmt.Errorf("open %s: %w", p.Image, fs.ErrNotExist)
+			return 0, false, fmt.Errorf("open %s: %w", p.Image, fs.ErrNotExist)
 		}
 		f, err := fsys.Create(p.Image)
 		if err != nil {
-			return 0, err
+			return 0, false, err
 		}
 		if err := f.Close(); err != nil {
-			return 0, err
+			return 0, false, err
 		}
 		made = true
 	}
+	at, err = stampImage(fsys, p, t)
+	if err != nil {
+		if made {
+			_ = fsys.Remove(p.Image) // the error that matters is err
+		}
+		return 0, false, err
+	}
+	if !p.Device {
+		err = fsys.SyncDir(filepath.Dir(p.Image))
+	}
+	return at, made, err
+}
+
+// stampImage makes room in an image and stamps it.
+func stampImage(fsys vfs.FS, p Params, t stamp) (at int64, err error) {
 	f, err := fsys.OpenLocked(p.Image)
 	if err != nil {
 		return 0, err
 	}
-	defer func() {
-		err = errors.Join(err, f.Close())
-		if err != nil && made {
-			_ = fsys.Remove(p.Image) // the error that matters is err
-		}
-	}()
+	defer func() { err = errors.Join(err, f.Close()) }()
 	if p.Device {
 		at, err = fitDevice(f, p)
 	} else {
@@ -274,13 +284,7 @@ func placeImage(fsys vfs.FS, p Params, t stamp) (at int64, err error) {
 	if err := f.Zero(at, StampSize, false); err != nil {
 		return 0, err
 	}
-	if err := writeStamp(f, at, t); err != nil {
-		return 0, err
-	}
-	if p.Device {
-		return at, nil
-	}
-	return at, fsys.SyncDir(filepath.Dir(p.Image))
+	return at, writeStamp(f, at, t)
 }
 
 func fitDevice(f vfs.File, p Params) (at int64, err error) {

@@ -160,7 +160,13 @@ func Create(fsys vfs.FS, dir string, p Params) (err error) {
 		return fs.ErrExist
 	}
 	if p.Image != "" {
-		m.stampAt, err = placeImage(fsys, p, stamp{Stamp{p.VM, p.ID, p.Host}, m.stampID, m.stampSeq})
+		made := false
+		m.stampAt, made, err = placeImage(fsys, p, stamp{Stamp{p.VM, p.ID, p.Host}, m.stampID, m.stampSeq})
+		defer func() {
+			if err != nil && m.stampAt > 0 {
+				_ = dropImage(fsys, m, !made) // the error that matters is err
+			}
+		}()
 	} else {
 		err = createImage(fsys, at.raw, p)
 	}

@@ -221,7 +221,10 @@ func (a *app) replicaFields(f *fields, r api.DiskReplica) {
 		f.put("  files", r.Error)
 		return
 	}
-	f.put("  data", fmt.Sprintf("%s · %s allocated", r.Path, api.FormatSize(r.Allocated)))
+	f.put("  data", dataText(r))
+	if r.Place != "" && r.Place != r.Path {
+		f.put("  place", r.Place+" when it is made anew")
+	}
 	own := string(r.OwnState) + fmt.Sprintf(" · term %d", r.Term)
 	if r.Branch != "" {
 		own += " · branch " + string(r.Branch)
@@ -237,6 +240,15 @@ func (a *app) replicaFields(f *fields, r api.DiskReplica) {
 	for _, d := range r.Damage {
 		f.put("  damage", a.paint(bad, d))
 	}
+}
+
+// dataText says where the data of a replica are.
+func dataText(r api.DiskReplica) string {
+	s := fmt.Sprintf("%s · %s allocated", r.Path, api.FormatSize(r.Allocated))
+	if r.Device {
+		s = r.Path + " · block device"
+	}
+	return s
 }
 
 func (a *app) diskStatus(ctx context.Context, c *api.Client, args []string) error {
@@ -443,12 +455,26 @@ func (a *app) diskReplaceCommand() *cobra.Command {
 	var noWait, yes bool
 	c := &cobra.Command{Use: "replace VM DISK", Short: "Give one host's replica up for a new one, which is then filled", Args: args("VM", "DISK"), ValidArgsFunction: a.completeDisks}
 	c.Long = `Gives the replica of a disk on one host up, makes a new one there, and has it filled
-from the other host: for a host whose disk failed or was exchanged. The last good
-replica is never given up.`
+from the other host: for a host whose disk failed or was exchanged, or to have the
+replica somewhere else. The last good replica is never given up.
+
+PATH is an absolute path on that host, of a file or of a block device (partition,
+LVM volume); "default" is the host's state directory. A file is made, in a directory
+that exists; a device must be 8 KiB longer than the disk. What holds data, is in use
+or belongs to another disk is refused. See docs/disks.md.`
+	c.Example = "  perdure disk replace web disk0 --host b\n  perdure disk replace web disk0 --host b --path /dev/vg0/web\n  perdure disk replace web disk0 --host b --path default"
 	c.Flags().StringVar(&req.Host, "host", "", "`HOST` whose replica it is (default: the one that does not run the VM)")
+	c.Flags().StringVar(&req.Path, "path", "", "`PATH` of the new replica on that host (default: where the old one was to be)")
+	c.Flags().BoolVar(&req.Overwrite, "overwrite", false, "what the file or device at PATH holds may be lost")
 	c.Flags().BoolVar(&noWait, "no-wait", false, "return as soon as the request was accepted")
 	c.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
 	c.RunE = a.call(func(ctx context.Context, cl *api.Client, args []string) error {
+		if c.Flags().Changed("path") && req.Path == "" {
+			return api.Errorf(api.Invalid, "--path is empty; allowed are an absolute path and the word default")
+		}
+		if err := req.Validate(); err != nil {
+			return err
+		}
 		d, err := cl.Disk(ctx, args[0], args[1])
 		if err != nil {
 			return err
