@@ -16,16 +16,19 @@ import (
 
 // VMDisk is everything known of one virtual disk of a VM.
 type VMDisk struct {
-	VM       string           `json:"vm"`
-	ID       string           `json:"id"`
-	Size     int64            `json:"size" doc:"Bytes"`
-	Slot     int              `json:"slot" doc:"PCI slot at which the guest sees it"`
-	Level    model.Level      `json:"level" enum:"none,ha,ca,ft"`
-	Mode     model.Mode       `json:"mode" doc:"Mode of the VM's record"`
-	Primary  string           `json:"primary" doc:"Host whose replica the guest runs from, or ran from last"`
-	Replicas []DiskReplica    `json:"replicas" doc:"By host"`
-	Behind   int64            `json:"behind" doc:"Bytes that the other replica may lack, as the running instance tells; negative: not known"`
-	Sync     []model.Progress `json:"sync" doc:"Copying of this VM that goes on now"`
+	VM       string        `json:"vm"`
+	ID       string        `json:"id"`
+	Size     int64         `json:"size" doc:"Bytes"`
+	Slot     int           `json:"slot" doc:"PCI slot at which the guest sees it"`
+	Level    model.Level   `json:"level" enum:"none,ha,ca,ft"`
+	Mode     model.Mode    `json:"mode" doc:"Mode of the VM's record"`
+	Primary  string        `json:"primary" doc:"Host whose replica the guest runs from, or ran from last"`
+	Replicas []DiskReplica `json:"replicas" doc:"By host"`
+
+	Places map[string]string `json:"places,omitempty" doc:"Path of the replica by host, where somebody chose one, also where none is yet; else it is in the state directory"`
+
+	Behind int64            `json:"behind" doc:"Bytes that the other replica may lack, as the running instance tells; negative: not known"`
+	Sync   []model.Progress `json:"sync" doc:"Copying of this VM that goes on now"`
 
 	Verified *model.VerifiedDisk `json:"verified,omitempty" doc:"What the last verify found, as the running instance tells"`
 

@@ -412,6 +412,14 @@ func FromRecord(spec model.VMSpec, rec model.Record) VM {
 		for h, r := range rec.Replicas {
 			disk.Replicas[h] = r.State
 		}
+		for _, p := range spec.Places {
+			if p.Disk == d.ID {
+				if disk.Places == nil {
+					disk.Places = map[string]string{}
+				}
+				disk.Places[p.Host] = p.Path
+			}
+		}
 		vm.Disks = append(vm.Disks, disk)
 	}
 	return vm

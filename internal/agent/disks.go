@@ -81,7 +81,7 @@ func (a *Agent) disksOf(ctx context.Context, v clusterstore.VMView) []api.VMDisk
 		}
 		for _, x := range vm.Disks {
 			if x.ID == d.ID {
-				k.Verified = x.Verified
+				k.Verified, k.Places = x.Verified, x.Places
 			}
 		}
 		k.Problems = problemsOfDisk(vm.Problems, k)

@@ -62,18 +62,31 @@ func (a *app) diskList(ctx context.Context, c *api.Client, args []string) error 
 		return nil
 	}
 	wide := a.output == "wide"
-	t := &table{head: []string{"VM", "DISK", "SIZE", "USED", "REPLICAS", "PROBLEM"}}
+	// Where no replica has a path of its own, nobody is bothered with paths.
+	placed := wide || slices.ContainsFunc(l, func(d api.VMDisk) bool { return placesText(d.Places) != "" })
+	t := &table{head: []string{"VM", "DISK", "SIZE", "USED"}}
 	if wide {
-		t.head = []string{"VM", "DISK", "SIZE", "USED", "LEVEL", "MODE", "REPLICAS", "CHECKSUMS", "SLOT", "PROBLEM"}
+		t.head = append(t.head, "LEVEL", "MODE")
 	}
+	if t.head = append(t.head, "REPLICAS"); placed {
+		t.head = append(t.head, "PATHS")
+	}
+	if wide {
+		t.head = append(t.head, "CHECKSUMS", "SLOT")
+	}
+	t.head = append(t.head, "PROBLEM")
 	for _, d := range l {
 		row := []cell{{text: d.VM}, {text: d.ID}, {text: api.FormatSize(d.Size)}, {text: usedText(d)}}
 		if wide {
-			row = append(row, cell{text: string(d.Level)}, cell{text: string(d.Mode)}, replicasCell(d), cell{text: checksumsText(d)}, text("%#x", d.Slot), problemCell(d.Problems))
-		} else {
-			row = append(row, replicasCell(d), problemCell(d.Problems))
+			row = append(row, cell{text: string(d.Level)}, cell{text: string(d.Mode)})
 		}
-		t.add(row...)
+		if row = append(row, replicasCell(d)); placed {
+			row = append(row, cell{text: placesText(d.Places)})
+		}
+		if wide {
+			row = append(row, cell{text: checksumsText(d)}, text("%#x", d.Slot))
+		}
+		t.add(append(row, problemCell(d.Problems))...)
 	}
 	a.printTable(t)
 	return nil
@@ -263,7 +276,12 @@ func (a *app) diskStatus(ctx context.Context, c *api.Client, args []string) erro
 		a.say("no disks")
 		return nil
 	}
-	t := &table{head: []string{"VM", "DISK", "MODE", "REPLICAS", "BEHIND", "COPYING"}}
+	t := &table{head: []string{"VM", "DISK", "MODE", "REPLICAS"}}
+	placed := slices.ContainsFunc(l, func(d api.VMDisk) bool { return placesText(d.Places) != "" })
+	if placed {
+		t.head = append(t.head, "PATHS")
+	}
+	t.head = append(t.head, "BEHIND", "COPYING")
 	seen := map[string]bool{}
 	var problems []model.Problem
 	for _, d := range l {
@@ -273,9 +291,16 @@ func (a *app) diskStatus(ctx context.Context, c *api.Client, args []string) erro
 		}
 		copying := ""
 		for _, p := range d.Sync {
+			if of, one := strings.CutPrefix(p.What, "disk "); p.What == "memory" || one && of != d.ID {
+				continue // another disk's, or none's
+			}
 			copying = strings.TrimPrefix(copying+"; "+progressText(p), "; ")
 		}
-		t.add(cell{text: d.VM}, cell{text: d.ID}, cell{text: string(d.Mode)}, replicasCell(d), cell{text: behind}, cell{text: copying})
+		row := []cell{{text: d.VM}, {text: d.ID}, {text: string(d.Mode)}, replicasCell(d)}
+		if placed {
+			row = append(row, cell{text: placesText(d.Places)})
+		}
+		t.add(append(row, cell{text: behind}, cell{text: copying})...)
 		for _, p := range d.Problems {
 			if key := d.VM + p.Code + p.Text; !seen[key] {
 				seen[key] = true
@@ -323,11 +348,13 @@ func (a *app) diskAttachCommand(use string) *cobra.Command {
 	c.Long = `Gives a VM another disk: an empty one, one filled from an image (which is copied),
 or one that was detached before. A running guest gets it plugged in. A VM with a
 second copy runs without it meanwhile, and is protected again by itself.`
-	c.Example = "  perdure disk attach web --size 20G\n  perdure disk attach web --image data.qcow2 --id data\n  perdure disk attach web --from disk1-1 --id disk1"
+	c.Example = "  perdure disk attach web --size 20G\n  perdure disk attach web --image data.qcow2 --id data\n  perdure disk attach web --from disk1-1 --id disk1\n  perdure disk attach web --size 100G --path a:/dev/vg0/web --path b:/srv/fast/web.raw"
 	f := c.Flags()
 	f.Var(&sizeFlag{&req.Size}, "size", "size, such as 20G (default: that of the image)")
 	f.StringVar(&image, "image", "", "`FILE` that it is filled from (qcow2, raw, vmdk)")
 	f.StringVar(&req.Format, "format", "", "`FORMAT` of the image: raw, qcow2 or vmdk (default: found out)")
+	f.Var(&placeFlag{&req.Paths}, "path", "where the replica on a host shall lie: a file or block device there; may be repeated (default: the state directory; without HOST: the host that runs the VM)")
+	f.BoolVar(&req.Overwrite, "overwrite", false, "what the file or device at such a path holds may be lost")
 	f.StringVar(&req.From, "from", "", "take up the detached disk `NAME` again")
 	f.StringVar(&req.ID, "id", "", "`NAME` of the disk (default: the first free of disk0, disk1, …)")
 	f.BoolVar(&noWait, "no-wait", false, "return as soon as the request was accepted")

@@ -14,6 +14,7 @@ import (
 	"perdure/internal/blockstore"
 	"perdure/internal/mirror"
 	"perdure/internal/model"
+	"perdure/internal/replica"
 	"perdure/internal/shimapi"
 	"perdure/internal/vfs"
 )
@@ -50,11 +51,12 @@ type diskCarrier struct {
 	healed  map[int]time.Time // and was last filled because it answered again
 	filling map[int]*model.Progress
 	begun   map[int]time.Time
+	gauges  map[int]*replica.Gauge // of what is filled
 }
 
 // newCarrier makes p the owner of its instance's mirror.
 func newCarrier(p *primary) *diskCarrier {
-	c := &diskCarrier{p: p, news: make(chan func(), 64), why: map[int]error{}, filling: map[int]*model.Progress{}, begun: map[int]time.Time{},
+	c := &diskCarrier{p: p, news: make(chan func(), 64), why: map[int]error{}, filling: map[int]*model.Progress{}, begun: map[int]time.Time{}, gauges: map[int]*replica.Gauge{},
 		silent: map[int]time.Time{}, healed: map[int]time.Time{}}
 	p.goWork(func() {
 		for {
@@ -351,6 +353,7 @@ func (p *primary) replaceDisk(value string) (string, error) {
 	why, busy, granted := c.why[n], c.filling[n] != nil, c.granted
 	if why != nil && !busy && granted {
 		c.filling[n], c.begun[n] = &model.Progress{What: "disk " + id, Total: p.s.cfg.Spec.Disks[n].Size, ETASeconds: -1}, time.Now()
+		c.gauges[n] = replica.NewGauge(0, c.filling[n].Total)
 	}
 	c.mu.Unlock()
 	switch {
@@ -493,9 +496,9 @@ func (c *diskCarrier) progress(n int, done int64) {
 	defer c.mu.Unlock()
 	if f := c.filling[n]; f != nil {
 		f.Done = max(f.Done, done)
-		if sec := time.Since(c.begun[n]).Seconds(); sec > 0.2 {
-			f.ETASeconds = sec * float64(f.Total-f.Done) / float64(f.Done)
-		}
+		g := c.gauges[n]
+		g.At(time.Since(c.begun[n]), f.Total-f.Done)
+		f.ETASeconds, f.Rate = g.ETA(), g.Rate()
 	}
 }
 
