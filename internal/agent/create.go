@@ -242,6 +242,12 @@ func (a *Agent) planFiles(ctx context.Context, req api.CreateVM, p *plan) error 
 		if err != nil {
 			return err
 		}
+		if img, ok := p.images[id]; ok {
+			at, _ := model.VMSpec{Places: places}.Place(id, a.cfg.Name)
+			if err := notOnto(id, &img, at.Path); err != nil {
+				return err
+			}
+		}
 		p.spec.Places, p.device[id] = append(p.spec.Places, places...), device
 	}
 	for _, b := range []struct {

@@ -237,6 +237,9 @@ func (a *Agent) planAttach(ctx context.Context, v clusterstore.VMView, req api.A
 		return nil, err
 	}
 	if at := p.at(a.cfg.Name); at != "" {
+		if err := notOnto(what, p.image, at); err != nil {
+			return nil, err
+		}
 		if p.kept != "" {
 			return nil, api.Errorf(api.Invalid, "%s: the detached disk %q is taken up where it lies on host %s; no path there (%s) goes with it", what, req.From, a.cfg.Name, at).
 				WithAction("attach it without that path, then have its replica made elsewhere: perdure disk replace %s %s --host %s --path %s", spec.Name, p.disk.ID, a.cfg.Name, at)

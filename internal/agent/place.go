@@ -342,7 +342,7 @@ func fits(ask placeAsk, s spot, own bool) error {
 		if s.device() {
 			return placeError(ask, "it has %s (%d bytes), the replica needs %d: the disk's %s and %d bytes behind it", api.FormatSize(size), size, need, api.FormatSize(ask.Size), blockstore.StampSize)
 		}
-		return placeError(ask, "the file has %s, the disk %s; give a name that does not exist yet, or a file that is large enough", api.FormatSize(size), api.FormatSize(ask.Size))
+		return placeError(ask, "the file has %d bytes, the disk %d (%s); give a name that does not exist yet, or a file that is large enough", size, ask.Size, api.FormatSize(ask.Size))
 	}
 	if !own && !ask.Overwrite {
 		what, err := holdsData(f, size, s.device())

@@ -58,6 +58,19 @@ func (p *attachPlan) at(host string) string {
 	return ""
 }
 
+// notOnto refuses to import an image onto itself.
+func notOnto(what string, img *image, at string) error {
+	if img == nil || at == "" {
+		return nil
+	}
+	from, err := os.Stat(img.path)
+	to, terr := os.Stat(at)
+	if err == nil && terr == nil && os.SameFile(from, to) {
+		return api.Errorf(api.Invalid, "%s: path %s: it is the image that the disk is to be filled from; an image is copied, never used in place", what, at)
+	}
+	return nil
+}
+
 // importTo fills the image of a replica that is about to be made: raw, or where a path is
 // given, that. A device reads as zeroes behind what the imported image has.
 func (a *Agent) importTo(ctx context.Context, img image, size int64, raw, at string, device bool, done func(int64)) error {
