@@ -74,6 +74,12 @@ const (
 	flagSums     = 1 << 0
 	flagComplete = 1 << 1
 	flagDevice   = 1 << 2
+	// flagBound says that the number of the slot is repeated behind all else. A checksum over
+	// bytes that end with their own checksum does not depend on them, so that of the slot
+	// alone would take a new beginning for the beginning of an old rest.
+	flagBound = 1 << 3
+
+	atBound = slotSize - 12
 )
 
 var (
@@ -134,6 +140,9 @@ func (m metaRecord) encode() []byte {
 	if m.Device {
 		b[58] |= flagDevice
 	}
+	if m.version >= 2 {
+		b[58] |= flagBound
+	}
 	for i, s := range []string{m.VM, m.Disk, string(m.Branch), string(m.Run)} {
 		at := 64 + 64*i
 		b[at] = byte(len(s))
@@ -151,6 +160,7 @@ func (m metaRecord) encode() []byte {
 		le.PutUint64(b[atStamp+8:], m.stampSeq)
 		copy(b[atStamp+16:], m.stampID[:])
 	}
+	le.PutUint64(b[atBound:], m.seq)
 	le.PutUint32(b[slotSize-4:], crc32.Checksum(b[:slotSize-4], castagnoli))
 	return b
 }
@@ -198,6 +208,9 @@ func (m *metaRecord) decodeRest(b []byte) (err error) {
 	le := binary.LittleEndian
 	if len(b) < slotSize || le.Uint32(b[slotSize-4:]) != crc32.Checksum(b[:slotSize-4], castagnoli) {
 		return ErrCorrupt // torn between the sectors
+	}
+	if b[58]&flagBound != 0 && le.Uint64(b[atBound:]) != m.seq {
+		return ErrCorrupt // torn behind the first one
 	}
 	m.sums, m.complete = b[58]&flagSums != 0, b[58]&flagComplete != 0
 	if m.Lineage, err = replica.DecodeLineage(b[atLineage:]); err != nil {

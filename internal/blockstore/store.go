@@ -153,7 +153,7 @@ func Create(fsys vfs.FS, dir string, p Params) (err error) {
 	if len(p.Host) > maxString {
 		return fmt.Errorf("%.80q is longer than %d bytes", p.Host, maxString)
 	}
-	at := paths(dir, p.ID)
+	at, last := paths(dir, p.ID), false
 	if ok, err := fsys.Exists(at.meta); err != nil {
 		return err
 	} else if ok {
@@ -163,7 +163,7 @@ func Create(fsys vfs.FS, dir string, p Params) (err error) {
 		made := false
 		m.stampAt, made, err = placeImage(fsys, p, stamp{Stamp{p.VM, p.ID, p.Host}, m.stampID, m.stampSeq})
 		defer func() {
-			if err != nil && m.stampAt > 0 {
+			if err != nil && m.stampAt > 0 && !last { // else the metadata may be there
 				_ = dropImage(fsys, m, !made) // the error that matters is err
 			}
 		}()
@@ -186,6 +186,7 @@ func Create(fsys vfs.FS, dir string, p Params) (err error) {
 	}
 	slots := make([]byte, 2*slotSize)
 	copy(slots[slotSize*(m.seq%2):], m.encode())
+	last = true
 	return vfs.ReplaceFile(fsys, at.meta, slots)
 }
 
