@@ -238,10 +238,11 @@ func (a *Agent) planFiles(ctx context.Context, req api.CreateVM, p *plan) error 
 			p.images[id] = img
 		}
 		p.spec.Disks = append(p.spec.Disks, model.DiskSpec{ID: id, Size: size})
-		places, device, err := a.planPlaces(ctx, p.spec, p.spec.Disks[i], d.Paths, d.Overwrite, p.spec.Places)
+		places, device, release, err := a.planPlaces(ctx, p.spec, p.spec.Disks[i], d.Paths, d.Overwrite, p.spec.Places)
 		if err != nil {
 			return err
 		}
+		p.release = append(p.release, release)
 		if img, ok := p.images[id]; ok {
 			at, _ := model.VMSpec{Places: places}.Place(id, a.cfg.Name)
 			if err := notOnto(id, &img, at.Path); err != nil {

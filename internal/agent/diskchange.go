@@ -233,9 +233,12 @@ func (a *Agent) planAttach(ctx context.Context, v clusterstore.VMView, req api.A
 		}
 		p.image = &img
 	}
-	if p.places, p.device, err = a.planPlaces(ctx, spec, p.disk, req.Paths, req.Overwrite, nil); err != nil {
+	var unhold func()
+	if p.places, p.device, unhold, err = a.planPlaces(ctx, spec, p.disk, req.Paths, req.Overwrite, nil); err != nil {
 		return nil, err
 	}
+	upload := p.release
+	p.release = func() { upload(); unhold() }
 	if at := p.at(a.cfg.Name); at != "" {
 		if err := notOnto(what, p.image, at); err != nil {
 			return nil, err
@@ -786,16 +789,19 @@ func (a *Agent) fitReplicas(spec model.VMSpec, sweep bool) error {
 		if !ok {
 			continue
 		}
-		rep, err := blockstore.Inspect(vfs.OS{}, filepath.Join(dir, d.ID))
-		if err != nil || rep.Meta.Size >= d.Size {
+		// Not Inspect, which asks an image elsewhere too: it may not answer.
+		m, _, err := blockstore.Peek(vfs.OS{}, dir, d.ID)
+		if err != nil || m.Size >= d.Size {
 			continue // who opens it says what is wrong
 		}
-		if rep.Meta.Version < 2 {
+		err = blockstore.Grow(vfs.OS{}, dir, d.ID, d.Size)
+		if errors.Is(err, blockstore.ErrState) { // of an earlier release, and not opened since
 			if _, err := replayDisk(dir, d.ID); err != nil {
 				return err
 			}
+			err = blockstore.Grow(vfs.OS{}, dir, d.ID, d.Size)
 		}
-		if err := blockstore.Grow(vfs.OS{}, dir, d.ID, d.Size); err != nil {
+		if err != nil {
 			return err
 		}
 	}

@@ -12,11 +12,9 @@ import (
 
 	"perdure/api"
 	"perdure/internal/authority"
-	"perdure/internal/blockstore"
 	"perdure/internal/clusterstore"
 	"perdure/internal/model"
 	"perdure/internal/shimapi"
-	"perdure/internal/vfs"
 )
 
 // A replica of a disk is given up for a new one, which is then filled from the other host's.
@@ -149,6 +147,7 @@ func (a *Agent) replaceReplica(ctx context.Context, op *operation, v clusterstor
 		}
 	}()
 	if rec.Mode != model.ModeStopped && host == rec.Primary.Host {
+		defer a.holdPlace(placeAsk{VM: vm, UUID: v.Spec.UUID, Disk: disk, Path: to.path})()
 		op.say("the running guest's replica is made anew")
 		value, err := json.Marshal(shimapi.ReplaceDisk{Disk: disk, Path: to.path, Device: to.device})
 		if err != nil {
@@ -239,14 +238,7 @@ func (a *Agent) renewHere(ctx context.Context, vm string, req renewReplica) erro
 		if req.Drop {
 			return a.removeReplica(vm, req.Disk)
 		}
-		p, err := a.placed(ctx, spec, blockstore.Params{ID: req.Disk, VM: spec.UUID, Size: spec.Disks[n].Size, Term: rec.Term, Branch: rec.Branch, State: model.Inconsistent})
-		if err != nil {
-			return err // the old one is there still
-		}
-		if err := a.removeReplica(vm, req.Disk); err != nil {
-			return err
-		}
-		err = blockstore.Create(vfs.OS{}, a.vmFile(vm, shimapi.DiskDir), p)
+		err = a.makeReplica(ctx, spec, rec, spec.Disks[n])
 		if err == nil {
 			a.diskReplaced(vm) // this host may hold the second copy again
 		}

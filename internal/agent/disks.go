@@ -185,7 +185,7 @@ func (a *Agent) replicasOfVM(ctx context.Context, vm string) hostReplicas {
 		if !ok {
 			continue
 		}
-		out.Replicas = append(out.Replicas, hostReplica{id, inspectReplica(dir, id)})
+		out.Replicas = append(out.Replicas, hostReplica{id, inspectReplica(ctx, dir, id)})
 	}
 
 	sort.Slice(out.Replicas, func(i, j int) bool { return out.Replicas[i].ID < out.Replicas[j].ID })
@@ -202,7 +202,15 @@ func (a *Agent) replicasOfVM(ctx context.Context, vm string) hostReplicas {
 	return out
 }
 
-func inspectReplica(dir, id string) api.DiskReplica {
+func inspectReplica(ctx context.Context, dir, id string) api.DiskReplica {
+	var r api.DiskReplica
+	if answers, _ := answersIn(ctx, func() error { r = inspectFiles(dir, id); return nil }); !answers {
+		return api.DiskReplica{Error: "its file or device does not answer"}
+	}
+	return r
+}
+
+func inspectFiles(dir, id string) api.DiskReplica {
 	rep, err := blockstore.Inspect(vfs.OS{}, dir+"/"+id)
 	if err != nil {
 		return api.DiskReplica{Error: err.Error()}

@@ -8,7 +8,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -64,20 +66,47 @@ func (a *Agent) placeOn(ctx context.Context, host string, ask placeAsk) (found p
 
 // placeHere looks at a path on this host, and changes nothing.
 func (a *Agent) placeHere(ctx context.Context, ask placeAsk) (placeFound, error) {
-	type answer struct {
-		found placeFound
-		err   error
-	}
-	ch := make(chan answer, 1)
-	go func() { // a device that does not answer holds this goroutine, not the caller
-		f, err := a.lookAtPlace(ask)
-		ch <- answer{f, err}
-	}()
-	select {
-	case r := <-ch:
-		return r.found, r.err
-	case <-ctx.Done():
+	var found placeFound
+	answers, err := answersIn(ctx, func() (err error) {
+		found, err = a.lookAtPlace(ask)
+		return err
+	})
+	if !answers {
 		return placeFound{}, api.Errorf(api.Timeout, "path %s for disk %s of VM %q: it does not answer", ask.Path, ask.Disk, ask.VM)
+	}
+	return found, err
+}
+
+// answersIn runs f, which asks a file or device that may not answer. Then it returns false, f
+// stays held by the kernel, and nothing that it writes is to be read.
+func answersIn(ctx context.Context, f func() error) (bool, error) {
+	ch := make(chan error, 1)
+	go func() { ch <- f() }()
+	select {
+	case err := <-ch:
+		return true, err
+	case <-ctx.Done():
+		return false, nil
+	}
+}
+
+// heldPlaces are the paths on this host for which a replica is being made: they belong to
+// its disk from before the look at them on, so that two requests at a time do not take the same.
+type heldPlaces struct {
+	mu   sync.Mutex
+	list []*placeClaim
+}
+
+// holdPlace makes a path belong to a disk until the result is called.
+func (a *Agent) holdPlace(ask placeAsk) (release func()) {
+	h, c := &a.places, &placeClaim{ask.VM, ask.UUID, ask.Disk, ask.Path}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.list = append(h.list, c)
+	return func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.list = slices.DeleteFunc(h.list, func(o *placeClaim) bool { return o == c })
 	}
 }
 
@@ -229,10 +258,15 @@ type placeClaim struct {
 	path           string
 }
 
-// claims lists the paths that belong to disks of VMs here: those where replicas are, and those
-// where replicas are to be made.
+// claims lists the paths that belong to disks of VMs here: those where replicas are, those
+// where they are being made, and those where they are to be made.
 func (a *Agent) claims() []placeClaim {
 	var out []placeClaim
+	a.places.mu.Lock()
+	for _, c := range a.places.list {
+		out = append(out, *c)
+	}
+	a.places.mu.Unlock()
 	for _, v := range a.store.VMs() {
 		for _, p := range v.Spec.Places {
 			if p.Host == a.cfg.Name {
@@ -437,17 +471,37 @@ func enough(ask placeAsk, free int64, where string) error {
 }
 
 // placed completes the description of a replica that is to be made here by the place that the
-// specification gives it, after a look at that place.
-func (a *Agent) placed(ctx context.Context, spec model.VMSpec, p blockstore.Params) (blockstore.Params, error) {
+// specification gives it, after a look at that place. When the replica was made, or not, release is to be called.
+func (a *Agent) placed(ctx context.Context, spec model.VMSpec, p blockstore.Params) (_ blockstore.Params, release func(), err error) {
 	at, ok := spec.Place(p.ID, a.cfg.Name)
 	if !ok {
-		return p, nil
+		return p, func() {}, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, placeWait)
 	defer cancel()
-	found, err := a.placeHere(ctx, placeAsk{VM: spec.Name, UUID: spec.UUID, Disk: p.ID, Size: p.Size, Path: at.Path, Overwrite: at.Overwrite})
+	ask := placeAsk{VM: spec.Name, UUID: spec.UUID, Disk: p.ID, Size: p.Size, Path: at.Path, Overwrite: at.Overwrite}
+	release = a.holdPlace(ask)
+	found, err := a.placeHere(ctx, ask)
+	if err != nil {
+		release()
+		return p, nil, err
+	}
 	p.Image, p.Device, p.Host = filepath.Clean(at.Path), found.Device, a.cfg.Name
-	return p, err
+	return p, release, nil
+}
+
+// checkImage says why the image of a replica that lies elsewhere is not what its metadata speak of.
+func (a *Agent) checkImage(ctx context.Context, vm, disk string) error {
+	ctx, cancel := context.WithTimeout(ctx, placeWait/2)
+	defer cancel()
+	answers, err := answersIn(ctx, func() error { return blockstore.CheckImage(vfs.OS{}, a.vmFile(vm, shimapi.DiskDir), disk) })
+	if !answers {
+		err = fmt.Errorf("the image of %s does not answer", disk)
+	}
+	if err != nil {
+		err = fmt.Errorf("%w; perdure disk replace %s %s --host %s makes it anew", err, vm, disk, a.cfg.Name)
+	}
+	return err
 }
 
 // removeReplica removes this host's replica of a disk. An image elsewhere that cannot be removed

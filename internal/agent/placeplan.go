@@ -20,14 +20,22 @@ import (
 
 // planPlaces has every host that a request gives a path for look at it. others are the places
 // that the same request gives to other disks. device: the place on this host is a block device.
+// When the disk was made, or not, release is to be called.
 func (a *Agent) planPlaces(ctx context.Context, spec model.VMSpec, d model.DiskSpec, paths map[string]string, overwrite bool, others []model.DiskPlace) (
-	out []model.DiskPlace, device bool, err error) {
+	out []model.DiskPlace, device bool, release func(), err error) {
+	release = func() {}
+	defer func() {
+		if err != nil {
+			release()
+			release = func() {}
+		}
+	}()
 	for _, h := range sortedKeys(paths) {
 		host, path := h, filepath.Clean(paths[h])
 		if host == "" {
 			host = a.cfg.Name
 			if p, twice := paths[host]; twice {
-				return nil, false, api.Errorf(api.Invalid, "disk %s: two paths are given for host %s, which makes it: %s and %s", d.ID, host, paths[h], p)
+				return nil, false, release, api.Errorf(api.Invalid, "disk %s: two paths are given for host %s, which makes it: %s and %s", d.ID, host, paths[h], p)
 			}
 		}
 		ask := placeAsk{VM: spec.Name, UUID: spec.UUID, Disk: d.ID, Size: d.Size, Path: path, Overwrite: overwrite}
@@ -36,16 +44,19 @@ func (a *Agent) planPlaces(ctx context.Context, spec model.VMSpec, d model.DiskS
 				ask.Others = append(ask.Others, o.Path)
 			}
 		}
+		if host == a.cfg.Name {
+			release = a.holdPlace(ask)
+		}
 		found, err := a.placeOn(ctx, host, ask)
 		if err != nil {
-			return nil, false, err
+			return nil, false, release, err
 		}
 		if host == a.cfg.Name {
 			device = found.Device
 		}
 		out = append(out, model.DiskPlace{Disk: d.ID, Host: host, Path: path, Overwrite: overwrite})
 	}
-	return out, device, nil
+	return out, device, release, nil
 }
 
 // at is the path of the new disk's replica on a host; empty: the state directory.

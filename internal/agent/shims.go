@@ -146,26 +146,34 @@ func (a *Agent) replicas(ctx context.Context, spec model.VMSpec, rec model.Recor
 			return fmt.Errorf("look for disk %s: %w", d.ID, err)
 		case ok && secondary && rec.Replicas[a.cfg.Name].State != model.UpToDate && a.misplaced(spec, d.ID):
 		case ok:
-			if err := blockstore.CheckImage(vfs.OS{}, dir, d.ID); err != nil {
-				return fmt.Errorf("%w; perdure disk replace %s %s --host %s makes it anew", err, spec.Name, d.ID, a.cfg.Name)
+			if err := a.checkImage(ctx, spec.Name, d.ID); err != nil {
+				return err
 			}
 			continue
 		case !secondary:
 			return fmt.Errorf("disk %s is missing in %s", d.ID, dir)
 		}
-		p, err := a.placed(ctx, spec, blockstore.Params{ID: d.ID, VM: spec.UUID, Size: d.Size,
-			Term: rec.Term, Branch: rec.Branch, State: model.Inconsistent})
-		if err != nil {
+		if err := a.makeReplica(ctx, spec, rec, d); err != nil {
 			return err
 		}
-		if ok {
-			if err := a.removeReplica(spec.Name, d.ID); err != nil {
-				return err
-			}
-		}
-		if err := blockstore.Create(vfs.OS{}, dir, p); err != nil {
-			return fmt.Errorf("make replica of disk %s: %w", d.ID, err)
-		}
+	}
+	return nil
+}
+
+// makeReplica makes a replica here, empty and marked Inconsistent, in the place of one that
+// may be there. That one is kept where the place of the new one is refused.
+func (a *Agent) makeReplica(ctx context.Context, spec model.VMSpec, rec model.Record, d model.DiskSpec) error {
+	p, release, err := a.placed(ctx, spec, blockstore.Params{ID: d.ID, VM: spec.UUID, Size: d.Size,
+		Term: rec.Term, Branch: rec.Branch, State: model.Inconsistent})
+	if err != nil {
+		return err
+	}
+	defer release()
+	if err := a.removeReplica(spec.Name, d.ID); err != nil {
+		return err
+	}
+	if err := blockstore.Create(vfs.OS{}, a.vmFile(spec.Name, shimapi.DiskDir), p); err != nil {
+		return fmt.Errorf("make replica of disk %s: %w", d.ID, err)
 	}
 	return nil
 }
