@@ -518,6 +518,9 @@ func (a *Agent) makeDisks(ctx context.Context, op *operation, p *plan, dir strin
 		}
 		params := blockstore.Params{ID: d.ID, VM: p.spec.UUID, Size: d.Size, State: model.UpToDate, Adopt: has}
 		if at, ok := p.spec.Place(d.ID, a.cfg.Name); ok {
+			if p.device[d.ID] && !has {
+				op.say("clearing " + at.Path)
+			}
 			params.Image, params.Device, params.Host = at.Path, p.device[d.ID], a.cfg.Name
 		}
 		if err := blockstore.Create(vfs.OS{}, dir, params); err != nil {

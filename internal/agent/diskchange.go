@@ -340,6 +340,9 @@ func (a *Agent) attach(ctx context.Context, op *operation, p *attachPlan) (err e
 	params := blockstore.Params{ID: p.disk.ID, VM: p.uuid, Size: p.disk.Size, Term: cur.Record.Term, Branch: cur.Record.Branch,
 		State: model.UpToDate, Adopt: p.kept != "" || p.image != nil}
 	if at != "" {
+		if p.device && !params.Adopt {
+			op.say("clearing " + at)
+		}
 		params.Image, params.Device, params.Host = at, p.device, a.cfg.Name
 	}
 	if err = blockstore.Create(vfs.OS{}, dir, params); err != nil {
@@ -790,7 +793,7 @@ func (a *Agent) fitReplicas(spec model.VMSpec, sweep bool) error {
 			continue
 		}
 		// Not Inspect, which asks an image elsewhere too: it may not answer.
-		m, _, err := blockstore.Peek(vfs.OS{}, dir, d.ID)
+		m, err := blockstore.ReadMeta(vfs.OS{}, dir, d.ID)
 		if err != nil || m.Size >= d.Size {
 			continue // who opens it says what is wrong
 		}

@@ -277,7 +277,7 @@ func (a *Agent) claims() []placeClaim {
 	files, _ := filepath.Glob(a.cfg.Path("vms") + "/*/" + shimapi.DiskDir + "/*.meta") // the pattern is good
 	for _, f := range files {
 		id := strings.TrimSuffix(filepath.Base(f), ".meta")
-		m, _, err := blockstore.Peek(vfs.OS{}, filepath.Dir(f), id)
+		m, err := blockstore.ReadMeta(vfs.OS{}, filepath.Dir(f), id)
 		if err != nil {
 			continue // who opens it says what is wrong
 		}
@@ -517,7 +517,7 @@ func (a *Agent) removeReplica(vm, disk string) error {
 // misplaced reports whether a replica here lies elsewhere than the specification says: its
 // making anew there broke off.
 func (a *Agent) misplaced(spec model.VMSpec, disk string) bool {
-	m, _, err := blockstore.Peek(vfs.OS{}, a.vmFile(spec.Name, shimapi.DiskDir), disk)
+	m, err := blockstore.ReadMeta(vfs.OS{}, a.vmFile(spec.Name, shimapi.DiskDir), disk)
 	at, ok := spec.Place(disk, a.cfg.Name)
 	return err == nil && (ok && m.Image != filepath.Clean(at.Path) || !ok && m.Image != "")
 }

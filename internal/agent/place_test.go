@@ -201,3 +201,55 @@ func TestPlaces(t *testing.T) {
 		t.Error("the file of the deleted VM is left")
 	}
 }
+
+// TestImportElsewhere fills a file and a device from images; what was there before is gone to the
+// last byte, and so is what was made once the VM is deleted.
+func TestImportElsewhere(t *testing.T) {
+	t.Parallel()
+	testenv.Tool(t, "qemu-img")
+	dev, back := loop(t, 4<<20+blockstore.StampSize)
+	a := firstHost(t)
+	check := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	dir := t.TempDir()
+	content := bytes.Repeat([]byte("image!!\n"), 1<<17)
+	image, file, made := filepath.Join(dir, "image"), filepath.Join(dir, "file.raw"), filepath.Join(dir, "made.raw")
+	check(os.WriteFile(image, content, 0o600))
+	check(os.WriteFile(file, bytes.Repeat([]byte{0xee}, 4<<20), 0o600))
+	check(os.WriteFile(back, bytes.Repeat([]byte{0xee}, 4<<20+blockstore.StampSize), 0o600))
+	check(exec.Command("blockdev", "--flushbufs", dev).Run())
+	from := func(path string) api.CreateDisk {
+		return api.CreateDisk{Image: &api.File{Path: image}, Size: 4 << 20, Paths: map[string]string{"": path}, Overwrite: true}
+	}
+	a.create(api.CreateVM{Name: "v1", Memory: 16 << 20, Disks: []api.CreateDisk{from(dev), from(file), from(made)}})
+	check(a.attach("v1", api.AttachDisk{Size: 1 << 20})) // beside them, in the state directory
+	for _, p := range []string{dev, file, made} {
+		got, err := os.ReadFile(p)
+		check(err)
+		if len(got) != 4<<20+blockstore.StampSize || !bytes.Equal(got[:len(content)], content) || !blockstore.IsZero(got[len(content):4<<20]) {
+			t.Errorf("%s is not the image, and zeroes behind it", p)
+		}
+	}
+	a.lies("v1", "disk0", "a", dev)
+	a.lies("v1", "disk1", "a", file)
+	check(a.ag.DeleteVM(t.Context(), "v1", api.DeleteVM{}))
+	if there(file) || there(made) {
+		t.Error("files of the deleted VM are left")
+	}
+	if _, ok, err := blockstore.ProbeStamp(vfs.OS{}, dev); ok || err != nil {
+		t.Errorf("the device is still stamped: %v", err)
+	}
+
+	// A VM whose second disk is refused leaves nothing of the first.
+	check(os.WriteFile(image, append([]byte("QFI\xfb\x00\x00\x00\x03"), content...), 0o600))
+	if err := a.tryCreate(api.CreateVM{Name: "v1", Memory: 16 << 20, Disks: []api.CreateDisk{{Size: 1 << 20, Paths: map[string]string{"": made}}, from(file)}}); err == nil {
+		t.Error("a broken image was imported")
+	}
+	if there(file) || there(made) {
+		t.Error("files of a VM that was not made are left")
+	}
+}
