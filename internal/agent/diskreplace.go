@@ -36,6 +36,10 @@ func (a *Agent) ReplaceDisk(ctx context.Context, vm, disk string, req api.Replac
 		if err != nil {
 			return nil, err
 		}
+		if rec := v.Record.Record; req.Path != "" && rec.Mode != model.ModeStopped && host == rec.Primary.Host && rec.Replicas[host].State == model.UpToDate {
+			return nil, api.Errorf(api.Refused, "host %s runs VM %q from its replica of disk %s, which is good; it is not moved to %s meanwhile", host, vm, disk, req.Path).
+				WithAction("repeat this when the other host runs the VM, or while it is stopped")
+		}
 		to, err := a.replacePlace(ctx, v, disk, host, req)
 		if err != nil {
 			return nil, err

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"perdure/api"
+	"perdure/internal/authority"
 	"perdure/internal/blockstore"
 	"perdure/internal/model"
 	"perdure/internal/shimapi"
@@ -158,6 +159,34 @@ func TestPlaces(t *testing.T) {
 	if err != nil || len(spec.Places) != 1 || spec.Places[0] != (model.DiskPlace{Disk: "disk0", Host: "b", Path: dev}) {
 		t.Errorf("places %+v %v", spec.Places, err)
 	}
+
+	// A move that broke off when the specification had the new place, and nothing else was done.
+	w := a.ag.workerOf("v1")
+	w.holdDisks(true)
+	check(a.ag.shimOpHere(t.Context(), "v1", shimapi.Op{Op: "unprotect"}))
+	a.await("v1", "simplex", simplex)
+	set := func(path string) {
+		t.Helper()
+		check(a.ag.store.ChangeSpec(t.Context(), "v1", func(s model.VMSpec, r model.Record) (model.VMSpec, model.Record, error) {
+			s.Places = s.WithPlaces(model.DiskPlace{Disk: "disk0", Host: "b", Path: path})
+			r, err := authority.Outdate(r, "b")
+			return s, r, err
+		}))
+	}
+	set(filepath.Join(dir, "none/web.raw")) // which is refused now: the old one stays
+	eventually(t, "nothing of the VM lives on the other host", 20*time.Second, func() bool {
+		err = b.ag.prepareSecondary(t.Context(), "v1")
+		return err != nil && !strings.Contains(err.Error(), "has not ended yet")
+	})
+	wantErr(t, "a place that is refused by now", err, api.Invalid, "there is no directory")
+	check(blockstore.CheckImage(vfs.OS{}, filepath.Join(b.cfg.VMDir("v1"), shimapi.DiskDir), "disk0"))
+	set(file)
+	w.holdDisks(false)
+	w.wake()
+	again()
+	a.lies("v1", "disk0", "b", file)
+	check(a.replaceAt("v1", "disk0", api.ReplaceDisk{Host: "b", Path: dev}))
+	again()
 
 	// Another device under the same path: nothing is believed, and nothing is lost, before somebody says so.
 	other := bytes.Repeat([]byte("other"), 1000)
