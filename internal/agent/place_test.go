@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -199,13 +200,15 @@ func TestPlaces(t *testing.T) {
 	check(f.Close())
 	check(exec.Command("blockdev", "--flushbufs", dev).Run())
 	wantErr(t, "a device that holds data", a.replaceAt("v1", "disk0", api.ReplaceDisk{Host: "b"}), api.Invalid, "the device holds data")
+	w.holdDisks(true)
 	check(a.ag.shimOpHere(t.Context(), "v1", shimapi.Op{Op: "unprotect"}))
-	eventually(t, "people are told", 20*time.Second, func() bool {
-		vm, err := a.ag.VM(t.Context(), "v1")
-		return err == nil && slices.ContainsFunc(vm.Problems, func(p model.Problem) bool {
-			return p.Code == "unprotected" && strings.Contains(p.Text, "does not carry the stamp")
-		})
+	eventually(t, "nothing of the VM lives on the other host", 20*time.Second, func() bool {
+		err = b.ag.prepareSecondary(t.Context(), "v1")
+		return err != nil && !strings.Contains(err.Error(), "has not ended yet")
 	})
+	if !errors.Is(err, blockstore.ErrImage) || !strings.Contains(err.Error(), "does not carry the stamp") {
+		t.Errorf("another device was taken: %v", err)
+	}
 	got := make([]byte, len(other))
 	f, err = os.Open(dev)
 	check(err)
@@ -215,6 +218,7 @@ func TestPlaces(t *testing.T) {
 	if !bytes.Equal(got, other) {
 		t.Error("the other device was written to")
 	}
+	w.holdDisks(false)
 	check(a.replaceAt("v1", "disk0", api.ReplaceDisk{Host: "b", Overwrite: true}))
 	again()
 
