@@ -2,26 +2,33 @@ package api
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 	"net/url"
 	"regexp"
 	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"perdure/internal/model"
 )
 
 // VMDisk is everything known of one virtual disk of a VM.
 type VMDisk struct {
-	VM       string           `json:"vm"`
-	ID       string           `json:"id"`
-	Size     int64            `json:"size" doc:"Bytes"`
-	Slot     int              `json:"slot" doc:"PCI slot at which the guest sees it"`
-	Level    model.Level      `json:"level" enum:"none,ha,ca,ft"`
-	Mode     model.Mode       `json:"mode" doc:"Mode of the VM's record"`
-	Primary  string           `json:"primary" doc:"Host whose replica the guest runs from, or ran from last"`
-	Replicas []DiskReplica    `json:"replicas" doc:"By host"`
-	Behind   int64            `json:"behind" doc:"Bytes that the other replica may lack, as the running instance tells; negative: not known"`
-	Sync     []model.Progress `json:"sync" doc:"Copying of this VM that goes on now"`
+	VM       string        `json:"vm"`
+	ID       string        `json:"id"`
+	Size     int64         `json:"size" doc:"Bytes"`
+	Slot     int           `json:"slot" doc:"PCI slot at which the guest sees it"`
+	Level    model.Level   `json:"level" enum:"none,ha,ca,ft"`
+	Mode     model.Mode    `json:"mode" doc:"Mode of the VM's record"`
+	Primary  string        `json:"primary" doc:"Host whose replica the guest runs from, or ran from last"`
+	Replicas []DiskReplica `json:"replicas" doc:"By host"`
+
+	Places map[string]string `json:"places,omitempty" doc:"Path of the replica by host, where somebody chose one, also where none is yet; else it is in the state directory"`
+
+	Behind int64            `json:"behind" doc:"Bytes that the other replica may lack, as the running instance tells; negative: not known"`
+	Sync   []model.Progress `json:"sync" doc:"Copying of this VM that goes on now"`
 
 	Verified *model.VerifiedDisk `json:"verified,omitempty" doc:"What the last verify found, as the running instance tells"`
 
@@ -37,6 +44,8 @@ type DiskReplica struct {
 	Answers    bool               `json:"answers" doc:"Whether the host answered; else only the record speaks"`
 	Exists     bool               `json:"exists" doc:"Whether there are files of it"`
 	Path       string             `json:"path,omitempty" doc:"File or block device that holds the data"`
+	Device     bool               `json:"device,omitempty" doc:"The path is a block device"`
+	Place      string             `json:"place,omitempty" doc:"Path that somebody chose for it; empty: the state directory. It differs from path until the replica is made anew"`
 	Size       int64              `json:"size,omitempty" doc:"By its metadata, bytes"`
 	Allocated  int64              `json:"allocated,omitempty" doc:"Bytes that it occupies"`
 	OwnState   model.ReplicaState `json:"own_state,omitempty" doc:"By its metadata"`
@@ -64,6 +73,9 @@ type AttachDisk struct {
 	Image  *File  `json:"image,omitempty" doc:"Image that it is filled from"`
 	Format string `json:"format,omitempty" enum:"raw,qcow2,vmdk" doc:"Format of the image; default: found out"`
 	From   string `json:"from,omitempty" doc:"Detached disk that is taken up again"`
+
+	Paths     map[string]string `json:"paths,omitempty" doc:"Where its replicas shall lie, by host (empty name: the host that makes it): absolute path of a file or block device there; default: the state directory"`
+	Overwrite bool              `json:"overwrite,omitempty" doc:"What is at these paths may be lost"`
 }
 
 // DetachDisk asks for a disk to be taken away.
@@ -78,7 +90,9 @@ type ResizeDisk struct {
 
 // ReplaceDisk asks for a new replica in place of one host's.
 type ReplaceDisk struct {
-	Host string `json:"host,omitempty" doc:"Whose replica; default: that of the host that does not run the VM"`
+	Host      string `json:"host,omitempty" doc:"Whose replica; default: that of the host that does not run the VM"`
+	Path      string `json:"path,omitempty" doc:"Where the new one shall lie: absolute path of a file or block device on that host, or the word default for the state directory; default: where the old one was to be"`
+	Overwrite bool   `json:"overwrite,omitempty" doc:"What is at that path may be lost"`
 }
 
 // Bounds of a disk's name.
@@ -111,6 +125,9 @@ func (r *AttachDisk) Validate() error {
 		}
 		what = "disk " + r.ID
 	}
+	if err := CheckPlaces(what, r.Paths); err != nil {
+		return err
+	}
 	if r.From != "" {
 		if r.Image != nil || r.Size != 0 || r.Format != "" {
 			return Errorf(Invalid, "%s: a detached disk (%q) is taken up as it is; neither size, image nor format goes with it", what, r.From)
@@ -141,7 +158,46 @@ func (r *ResizeDisk) Validate() error { return checkDiskSize("the disk", r.Size)
 // Validate refuses what is wrong in itself.
 func (r *ReplaceDisk) Validate() error {
 	if r.Host != "" {
-		return CheckName("host", r.Host)
+		if err := CheckName("host", r.Host); err != nil {
+			return err
+		}
+	}
+	if r.Path == "" || r.Path == model.StatePlace {
+		return nil
+	}
+	return CheckPlace(r.Path)
+}
+
+// MaxPlace is the longest path of a replica, bytes.
+const MaxPlace = 1000
+
+// CheckPlace says what is wrong with the path of a replica in itself. What is at the
+// path is seen by its host.
+func CheckPlace(path string) error {
+	switch {
+	case !strings.HasPrefix(path, "/"):
+		return Errorf(Invalid, "path %q of a replica is not absolute; allowed are paths that begin with /, of a file or a block device", path)
+	case len(path) > MaxPlace:
+		return Errorf(Invalid, "path %.60q… of a replica has %d bytes; allowed are %d", path, len(path), MaxPlace)
+	case strings.ContainsFunc(path, unicode.IsControl) || !utf8.ValidString(path):
+		return Errorf(Invalid, "path %q of a replica has a control character in it", path)
+	case strings.HasSuffix(path, "/"):
+		return Errorf(Invalid, "path %q of a replica is a directory's; allowed are a file and a block device", path)
+	}
+	return nil
+}
+
+// CheckPlaces is CheckPlace for paths by host; the empty name is the host that makes the disk.
+func CheckPlaces(what string, paths map[string]string) error {
+	for host, path := range paths {
+		if host != "" {
+			if err := CheckName("host", host); err != nil {
+				return fmt.Errorf("%s: %w", what, err)
+			}
+		}
+		if err := CheckPlace(path); err != nil {
+			return fmt.Errorf("%s: %w", what, err)
+		}
 	}
 	return nil
 }

@@ -196,6 +196,7 @@ type Disk struct {
 	ID       string                        `json:"id"`
 	Size     int64                         `json:"size" doc:"Bytes"`
 	Replicas map[string]model.ReplicaState `json:"replicas" doc:"State of the replica by host"`
+	Places   map[string]string             `json:"places,omitempty" doc:"Path of the replica by host, where somebody chose one; else it is in the state directory"`
 	Verified *model.VerifiedDisk           `json:"verified,omitempty" doc:"What the last verify found, as the running instance tells"`
 }
 
@@ -221,6 +222,9 @@ type CreateDisk struct {
 	Size   int64  `json:"size,omitempty" minimum:"0" doc:"Bytes, a multiple of 4096; with an image: at least the image's size, default the image's size"`
 	Image  *File  `json:"image,omitempty"`
 	Format string `json:"format,omitempty" enum:"raw,qcow2,vmdk" doc:"Format of the image; default: probed, raw only if nothing else fits"`
+
+	Paths     map[string]string `json:"paths,omitempty" doc:"Where its replicas shall lie, by host (empty name: the host of the first replica): absolute path of a file or block device there; default: the state directory"`
+	Overwrite bool              `json:"overwrite,omitempty" doc:"What is at these paths may be lost"`
 }
 
 // CreateNIC describes one network card of a new VM.
@@ -407,6 +411,14 @@ func FromRecord(spec model.VMSpec, rec model.Record) VM {
 		disk := Disk{ID: d.ID, Size: d.Size, Replicas: make(map[string]model.ReplicaState, len(rec.Replicas))}
 		for h, r := range rec.Replicas {
 			disk.Replicas[h] = r.State
+		}
+		for _, p := range spec.Places {
+			if p.Disk == d.ID {
+				if disk.Places == nil {
+					disk.Places = map[string]string{}
+				}
+				disk.Places[p.Host] = p.Path
+			}
 		}
 		vm.Disks = append(vm.Disks, disk)
 	}

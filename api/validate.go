@@ -161,6 +161,9 @@ func (r *CreateVM) validateDisks() error {
 				return err
 			}
 		}
+		if err := CheckPlaces(what, d.Paths); err != nil {
+			return err
+		}
 		switch d.Format {
 		case "", "raw", "qcow2", "vmdk":
 		default:

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"syscall"
 	"testing"
 	"time"
@@ -180,16 +179,18 @@ func (v *VM) sameDisks() {
 func (v *VM) equalReplicas() {
 	w := v.w
 	w.T.Helper()
-	for _, d := range v.Show().Disks {
+	disks, err := w.API(w.AnyHost()).Disks(w.Ctx, v.Name)
+	w.must(err, "list disks")
+	for _, d := range disks {
 		sums := map[string]string{}
-		for _, h := range w.Lab.Hosts() {
-			f, err := os.Open(filepath.Join(w.Lab.StateDir(h), "vms", v.Name, "disks", d.ID+".raw"))
+		for _, r := range d.Replicas {
+			f, err := os.Open(r.Path)
 			w.must(err, "open replica")
 			sum := sha256.New()
-			_, err = io.Copy(sum, f)
+			_, err = io.CopyN(sum, f, d.Size)
 			f.Close()
 			w.must(err, "read replica")
-			sums[h] = hex.EncodeToString(sum.Sum(nil)[:8])
+			sums[r.Host] = hex.EncodeToString(sum.Sum(nil)[:8])
 		}
 		hosts := w.Lab.Hosts()
 		if sums[hosts[0]] != sums[hosts[1]] {

@@ -96,6 +96,7 @@ type Agent struct {
 	nets      *networks
 	verifying verifying
 	failed    failedDisks
+	places    heldPlaces
 	changed   chan struct{} // this host's own words have changed
 
 	mu      sync.Mutex

@@ -32,6 +32,7 @@ const probeWait = 20 * time.Second
 type plan struct {
 	spec    model.VMSpec
 	images  map[string]image // by disk
+	device  map[string]bool  // by disk: its place here is a block device
 	kernel  string           // paths of files to store as blobs
 	initrd  string
 	start   bool
@@ -155,7 +156,7 @@ func (a *Agent) createElsewhere(ctx context.Context, req api.CreateVM, host stri
 
 // planVM checks everything that can be checked before anything is made.
 func (a *Agent) planVM(ctx context.Context, req api.CreateVM) (_ *plan, err error) {
-	p := &plan{images: map[string]image{}, start: req.Start}
+	p := &plan{images: map[string]image{}, device: map[string]bool{}, start: req.Start}
 	defer func() {
 		if err != nil {
 			p.done()
@@ -192,7 +193,9 @@ func (a *Agent) planVM(ctx context.Context, req api.CreateVM) (_ *plan, err erro
 	}
 	var need int64
 	for _, d := range p.spec.Disks {
-		need += d.Size
+		if _, ok := p.spec.Place(d.ID, a.cfg.Name); !ok {
+			need += d.Size
+		}
 	}
 	free, err := diskFree(a.cfg.Path("vms"))
 	if err != nil {
@@ -235,6 +238,18 @@ func (a *Agent) planFiles(ctx context.Context, req api.CreateVM, p *plan) error 
 			p.images[id] = img
 		}
 		p.spec.Disks = append(p.spec.Disks, model.DiskSpec{ID: id, Size: size})
+		places, device, release, err := a.planPlaces(ctx, p.spec, p.spec.Disks[i], d.Paths, d.Overwrite, p.spec.Places)
+		if err != nil {
+			return err
+		}
+		p.release = append(p.release, release)
+		if img, ok := p.images[id]; ok {
+			at, _ := model.VMSpec{Places: places}.Place(id, a.cfg.Name)
+			if err := notOnto(id, &img, at.Path); err != nil {
+				return err
+			}
+		}
+		p.spec.Places, p.device[id] = append(p.spec.Places, places...), device
 	}
 	for _, b := range []struct {
 		what string
@@ -365,7 +380,7 @@ func (a *Agent) makeVM(ctx context.Context, op *operation, p *plan) (err error) 
 	if err != nil {
 		return fmt.Errorf("make VM %q: %w", name, err)
 	}
-	undo := func() { os.RemoveAll(stage) }
+	undo := func() { a.removeVMFiles(stage) }
 	defer func() {
 		if err != nil {
 			undo()
@@ -393,7 +408,7 @@ func (a *Agent) makeVM(ctx context.Context, op *operation, p *plan) (err error) 
 	if err := os.Rename(stage, dir); err != nil {
 		return fmt.Errorf("make VM %q: %w", name, err)
 	}
-	undo = func() { os.RemoveAll(dir) }
+	undo = func() { a.removeVMFiles(dir) }
 	if err := syncDir(a.cfg.Path("vms")); err != nil {
 		return err
 	}
@@ -496,12 +511,19 @@ func (a *Agent) makeDisks(ctx context.Context, op *operation, p *plan, dir strin
 		img, has := p.images[d.ID]
 		if has {
 			op.say("importing " + filepath.Base(img.path) + " as " + d.ID)
-			if err := a.convert(ctx, img, filepath.Join(dir, d.ID+".raw"), op.track("import", img.size)); err != nil {
+			at, _ := p.spec.Place(d.ID, a.cfg.Name)
+			if err := a.importTo(ctx, img, d.Size, filepath.Join(dir, d.ID+".raw"), at.Path, p.device[d.ID], op.track("import", img.size)); err != nil {
 				return err
 			}
 		}
-		err := blockstore.Create(vfs.OS{}, dir, blockstore.Params{ID: d.ID, VM: p.spec.UUID, Size: d.Size, State: model.UpToDate, Adopt: has})
-		if err != nil {
+		params := blockstore.Params{ID: d.ID, VM: p.spec.UUID, Size: d.Size, State: model.UpToDate, Adopt: has}
+		if at, ok := p.spec.Place(d.ID, a.cfg.Name); ok {
+			if p.device[d.ID] && !has {
+				op.say("clearing " + at.Path)
+			}
+			params.Image, params.Device, params.Host = at.Path, p.device[d.ID], a.cfg.Name
+		}
+		if err := blockstore.Create(vfs.OS{}, dir, params); err != nil {
 			return fmt.Errorf("make disk %s: %w", d.ID, err)
 		}
 	}
@@ -586,10 +608,7 @@ func (a *Agent) forgetVM(ctx context.Context, name, uuid string) error {
 		}
 		defer lock.release()
 		a.events.forget(name)
-		if err := os.RemoveAll(dir); err != nil {
-			return fmt.Errorf("remove %s: %w", dir, err)
-		}
-		return nil
+		return a.removeVMFiles(dir)
 	}
 	// A shim needs a moment to end after the record said that the VM is stopped.
 	ctx, cancel := context.WithTimeout(ctx, forgetWait)

@@ -177,6 +177,8 @@ type attachPlan struct {
 	disk    model.DiskSpec
 	image   *image
 	kept    string // file of a detached disk
+	places  []model.DiskPlace
+	device  bool // its place here is a block device
 	release func()
 }
 
@@ -231,6 +233,22 @@ func (a *Agent) planAttach(ctx context.Context, v clusterstore.VMView, req api.A
 		}
 		p.image = &img
 	}
+	var unhold func()
+	if p.places, p.device, unhold, err = a.planPlaces(ctx, spec, p.disk, req.Paths, req.Overwrite, nil); err != nil {
+		return nil, err
+	}
+	upload := p.release
+	p.release = func() { upload(); unhold() }
+	if at := p.at(a.cfg.Name); at != "" {
+		if err := notOnto(what, p.image, at); err != nil {
+			return nil, err
+		}
+		if p.kept != "" {
+			return nil, api.Errorf(api.Invalid, "%s: the detached disk %q is taken up where it lies on host %s; no path there (%s) goes with it", what, req.From, a.cfg.Name, at).
+				WithAction("attach it without that path, then have its replica made elsewhere: perdure disk replace %s %s --host %s --path %s", spec.Name, p.disk.ID, a.cfg.Name, at)
+		}
+		return p, nil
+	}
 	free, err := diskFree(a.cfg.Path("vms"))
 	if err != nil {
 		return nil, err
@@ -251,14 +269,9 @@ func (a *Agent) foreign(path string) error {
 	if err != nil {
 		return api.Errorf(api.Invalid, "look at image %s: %w", path, err)
 	}
-	files, err := filepath.Glob(a.cfg.Path("vms") + "/*/" + shimapi.DiskDir + "/*.raw")
-	if err != nil {
-		return fmt.Errorf("look for replicas: %w", err)
-	}
-	for _, f := range files {
-		if o, err := os.Stat(f); err == nil && os.SameFile(st, o) {
-			vm := filepath.Base(filepath.Dir(filepath.Dir(f)))
-			return api.Errorf(api.Refused, "%s is disk %s of VM %q and may be in use", path, strings.TrimSuffix(filepath.Base(f), ".raw"), vm).
+	for _, c := range a.claims() {
+		if o, err := os.Stat(c.path); err == nil && os.SameFile(st, o) {
+			return api.Errorf(api.Refused, "%s is disk %s of VM %q and may be in use", path, c.disk, c.vm).
 				WithAction("detach it there, or copy the file while that VM is stopped")
 		}
 	}
@@ -299,7 +312,7 @@ func (a *Agent) attach(ctx context.Context, op *operation, p *attachPlan) (err e
 	made := false
 	defer func() {
 		if err != nil && made {
-			err = errors.Join(err, blockstore.Remove(vfs.OS{}, dir, p.disk.ID))
+			err = errors.Join(err, a.removeReplica(p.vm, p.disk.ID))
 		}
 	}()
 	if err := a.clearReplica(p.vm, p.disk.ID); err != nil {
@@ -307,6 +320,7 @@ func (a *Agent) attach(ctx context.Context, op *operation, p *attachPlan) (err e
 	}
 	made = true
 	raw := filepath.Join(dir, p.disk.ID+".raw")
+	at := p.at(a.cfg.Name)
 	switch {
 	case p.kept != "":
 		// A second name: whatever happens, the first one is still there.
@@ -315,7 +329,7 @@ func (a *Agent) attach(ctx context.Context, op *operation, p *attachPlan) (err e
 		}
 	case p.image != nil:
 		op.say("importing " + filepath.Base(p.image.path) + " as " + p.disk.ID)
-		if err := a.convert(ctx, *p.image, raw, op.track("import", p.image.size)); err != nil {
+		if err := a.importTo(ctx, *p.image, p.disk.Size, raw, at, p.device, op.track("import", p.image.size)); err != nil {
 			return err
 		}
 	}
@@ -323,9 +337,15 @@ func (a *Agent) attach(ctx context.Context, op *operation, p *attachPlan) (err e
 	if err != nil {
 		return storeError(p.vm, err)
 	}
-	err = blockstore.Create(vfs.OS{}, dir, blockstore.Params{ID: p.disk.ID, VM: p.uuid, Size: p.disk.Size, Term: cur.Record.Term, Branch: cur.Record.Branch,
-		State: model.UpToDate, Adopt: p.kept != "" || p.image != nil})
-	if err != nil {
+	params := blockstore.Params{ID: p.disk.ID, VM: p.uuid, Size: p.disk.Size, Term: cur.Record.Term, Branch: cur.Record.Branch,
+		State: model.UpToDate, Adopt: p.kept != "" || p.image != nil}
+	if at != "" {
+		if p.device && !params.Adopt {
+			op.say("clearing " + at)
+		}
+		params.Image, params.Device, params.Host = at, p.device, a.cfg.Name
+	}
+	if err = blockstore.Create(vfs.OS{}, dir, params); err != nil {
 		return fmt.Errorf("make disk %s: %w", p.disk.ID, err)
 	}
 	tried := false
@@ -341,7 +361,7 @@ func (a *Agent) attach(ctx context.Context, op *operation, p *attachPlan) (err e
 		tried = true
 		return append(l, p.disk), nil
 	}
-	known, err := a.changeDisks(ctx, op, p.vm, diskChange{list: add, plug: true, outdates: true})
+	known, err := a.changeDisks(ctx, op, p.vm, diskChange{list: add, plug: true, outdates: true, places: p.places})
 	if err != nil {
 		made = known // what the store may name stays
 		return err
@@ -365,22 +385,29 @@ func (a *Agent) clearReplica(vm, id string) error {
 		return fmt.Errorf("look for disk %s: %w", id, err)
 	}
 	if ok {
-		_, err = a.putAside(vm, id)
+		_, _, err = a.putAside(vm, id)
 		return err
 	}
-	return blockstore.Remove(vfs.OS{}, dir, id)
+	return a.removeReplica(vm, id)
 }
 
 // putAside keeps the data of a replica that nobody uses any more under another
-// name, and removes the rest of it. Data on a block device stay there.
-func (a *Agent) putAside(vm, id string) (name string, err error) {
+// name, and removes the rest of it. Data elsewhere stay where they are (path).
+func (a *Agent) putAside(vm, id string) (name, path string, err error) {
 	dir := a.vmFile(vm, shimapi.DiskDir)
-	if _, err := replayDisk(dir, id); err != nil {
-		return "", err
+	m, err := replayDisk(dir, id)
+	switch {
+	case errors.Is(err, blockstore.ErrImage): // nothing of it is there any more
+		return "", "", blockstore.Abandon(vfs.OS{}, dir, id)
+	case err != nil:
+		return "", "", err
+	case m.Image != "":
+		left, err := blockstore.Release(vfs.OS{}, dir, id, true)
+		return "", m.Image, errors.Join(left, err)
 	}
 	kept := filepath.Join(dir, keptDir)
 	if err := os.MkdirAll(kept, 0o700); err != nil {
-		return "", fmt.Errorf("keep disk %s: %w", id, err)
+		return "", "", fmt.Errorf("keep disk %s: %w", id, err)
 	}
 	raw := filepath.Join(dir, id+".raw")
 	for n := 1; ; n++ {
@@ -389,17 +416,15 @@ func (a *Agent) putAside(vm, id string) (name string, err error) {
 		if errors.Is(err, os.ErrExist) {
 			continue
 		}
-		if errors.Is(err, os.ErrNotExist) { // it is on a device
-			name = ""
-		} else if err != nil {
-			return "", fmt.Errorf("keep disk %s: %w", id, err)
+		if err != nil {
+			return "", "", fmt.Errorf("keep disk %s: %w", id, err)
 		}
 		break
 	}
 	if err := syncDir(kept); err != nil {
-		return "", err
+		return "", "", err
 	}
-	return name, blockstore.Remove(vfs.OS{}, dir, id)
+	return name, "", blockstore.Remove(vfs.OS{}, dir, id)
 }
 
 // diskChange is one change of the list of disks.
@@ -409,6 +434,8 @@ type diskChange struct {
 	plug bool // the specification first, then the guest; else the guest first
 	// outdates: the replicas of other hosts lack something afterwards.
 	outdates bool
+	// places are added to those of the specification.
+	places []model.DiskPlace
 	// after, if set, is called when the specification has changed by a change that is
 	// not plug, before the VM is protected again.
 	after func(ctx context.Context)
@@ -426,8 +453,11 @@ func (a *Agent) changeDisks(ctx context.Context, op *operation, vm string, c dis
 			if rec.Mode != model.ModeStopped {
 				return spec, rec, api.Errorf(api.Conflict, "VM %q was started meanwhile", vm)
 			}
-			if spec.Disks, err = c.list(model.PinSlots(spec.Disks)); err != nil || !c.outdates {
+			if spec.Disks, err = c.list(model.PinSlots(spec.Disks)); err != nil {
 				return spec, rec, err
+			}
+			if spec.Places = spec.WithPlaces(c.places...); !c.outdates {
+				return spec, rec, nil
 			}
 			for h, r := range rec.Replicas {
 				if h == a.cfg.Name || r.State != model.UpToDate {
@@ -479,6 +509,7 @@ func (a *Agent) changeDisks(ctx context.Context, op *operation, vm string, c dis
 				return spec, rec, api.Errorf(api.Conflict, "the disks of VM %q were changed meanwhile", vm)
 			}
 			spec.Disks = to
+			spec.Places = spec.WithPlaces(c.places...)
 			return spec, rec, nil
 		})
 	}
@@ -660,9 +691,12 @@ func (a *Agent) detach(ctx context.Context, op *operation, vm, disk string, del 
 		op.say("its data were removed")
 		return a.removeReplica(vm, disk)
 	}
-	name, err := a.putAside(vm, disk)
+	name, path, err := a.putAside(vm, disk)
 	if err != nil {
 		return api.Errorf(api.Internal, "disk %s of VM %q is detached, but its data could not be put aside and stay where they are: %w", disk, vm, err)
+	}
+	if path != "" {
+		op.say(fmt.Sprintf("its data stay in %s on host %s, as a raw image", path, a.cfg.Name))
 	}
 	if name != "" {
 		op.say(fmt.Sprintf("its data are kept on host %s as %s (perdure disk attach %s --from %s)", a.cfg.Name, name, vm, name))
@@ -690,11 +724,6 @@ func (a *Agent) dropElsewhere(ctx context.Context, vm, disk string) {
 	}
 }
 
-// removeReplica removes this host's replica of a disk that no specification names.
-func (a *Agent) removeReplica(vm, disk string) error {
-	return blockstore.Remove(vfs.OS{}, a.vmFile(vm, shimapi.DiskDir), disk)
-}
-
 // ResizeDisk implements httpapi.Service.
 func (a *Agent) ResizeDisk(ctx context.Context, vm, disk string, req api.ResizeDisk) (api.Operation, error) {
 	return a.onDiskHost(ctx, "resize", vm, func(ctx context.Context, c *api.Client, _ *operation) (api.Operation, error) {
@@ -708,12 +737,8 @@ func (a *Agent) ResizeDisk(ctx context.Context, vm, disk string, req api.ResizeD
 		if req.Size < now {
 			return nil, api.Errorf(api.Refused, "disk %s of VM %q has %s; it is not made smaller: the data beyond %s would be lost", disk, vm, api.FormatSize(now), api.FormatSize(req.Size))
 		}
-		free, err := diskFree(a.cfg.Path("vms"))
-		if err != nil {
+		if err := a.roomToGrow(ctx, v, disk, now, req.Size); err != nil {
 			return nil, err
-		}
-		if req.Size-now > free {
-			return nil, api.Errorf(api.Invalid, "disk %s needs %s more; host %s has %s free in %s", disk, api.FormatSize(req.Size-now), a.cfg.Name, api.FormatSize(free), a.cfg.StateDir)
 		}
 		return func(ctx context.Context, op *operation) error { return a.resize(ctx, op, vm, disk, req.Size) }, nil
 	})
@@ -767,16 +792,19 @@ func (a *Agent) fitReplicas(spec model.VMSpec, sweep bool) error {
 		if !ok {
 			continue
 		}
-		rep, err := blockstore.Inspect(vfs.OS{}, filepath.Join(dir, d.ID))
-		if err != nil || rep.Meta.Size >= d.Size {
+		// Not Inspect, which asks an image elsewhere too: it may not answer.
+		m, err := blockstore.ReadMeta(vfs.OS{}, dir, d.ID)
+		if err != nil || m.Size >= d.Size {
 			continue // who opens it says what is wrong
 		}
-		if rep.Meta.Version < 2 {
+		err = blockstore.Grow(vfs.OS{}, dir, d.ID, d.Size)
+		if errors.Is(err, blockstore.ErrState) { // of an earlier release, and not opened since
 			if _, err := replayDisk(dir, d.ID); err != nil {
 				return err
 			}
+			err = blockstore.Grow(vfs.OS{}, dir, d.ID, d.Size)
 		}
-		if err := blockstore.Grow(vfs.OS{}, dir, d.ID, d.Size); err != nil {
+		if err != nil {
 			return err
 		}
 	}
@@ -790,11 +818,11 @@ func (a *Agent) fitReplicas(spec model.VMSpec, sweep bool) error {
 	for _, e := range entries {
 		id, ok := strings.CutSuffix(e.Name(), ".meta")
 		if ok && diskIndex(spec, id) < 0 {
-			name, err := a.putAside(spec.Name, id)
+			name, path, err := a.putAside(spec.Name, id)
 			if err != nil {
 				return err
 			}
-			a.log.Warn("the replica of a disk that was detached is put aside", "vm", spec.Name, "disk", id, "as", name)
+			a.log.Warn("the replica of a disk that was detached is put aside", "vm", spec.Name, "disk", id, "as", name+path)
 		}
 	}
 	return nil

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -11,11 +12,9 @@ import (
 
 	"perdure/api"
 	"perdure/internal/authority"
-	"perdure/internal/blockstore"
 	"perdure/internal/clusterstore"
 	"perdure/internal/model"
 	"perdure/internal/shimapi"
-	"perdure/internal/vfs"
 )
 
 // A replica of a disk is given up for a new one, which is then filled from the other host's.
@@ -37,7 +36,15 @@ func (a *Agent) ReplaceDisk(ctx context.Context, vm, disk string, req api.Replac
 		if err != nil {
 			return nil, err
 		}
-		return func(ctx context.Context, op *operation) error { return a.replaceReplica(ctx, op, v, disk, host) }, nil
+		if rec := v.Record.Record; req.Path != "" && rec.Mode != model.ModeStopped && host == rec.Primary.Host && rec.Replicas[host].State == model.UpToDate {
+			return nil, api.Errorf(api.Refused, "host %s runs VM %q from its replica of disk %s, which is good; it is not moved to %s meanwhile", host, vm, disk, req.Path).
+				WithAction("repeat this when the other host runs the VM, or while it is stopped")
+		}
+		to, err := a.replacePlace(ctx, v, disk, host, req)
+		if err != nil {
+			return nil, err
+		}
+		return func(ctx context.Context, op *operation) error { return a.replaceReplica(ctx, op, v, disk, host, to) }, nil
 	})
 }
 
@@ -74,13 +81,86 @@ func replaceHost(v clusterstore.VMView, asked string) (string, error) {
 	return asked, nil
 }
 
+// newPlace is where a replica that is made anew is to lie.
+type newPlace struct {
+	path      string // model.StatePlace: the state directory
+	overwrite bool
+	device    bool
+	change    bool // it differs from what the specification says
+}
+
+// replacePlace has the host look at the place of its new replica, before anything is given up.
+func (a *Agent) replacePlace(ctx context.Context, v clusterstore.VMView, disk, host string, req api.ReplaceDisk) (to newPlace, err error) {
+	now, placed := v.Spec.Place(disk, host)
+	to = newPlace{path: req.Path, overwrite: req.Overwrite}
+	switch {
+	case to.path == "" && placed:
+		to.path = now.Path
+	case to.path == "":
+		to.path = model.StatePlace
+	}
+	if to.path == model.StatePlace {
+		to.change = placed
+		return to, nil
+	}
+	to.change = now.Path != to.path || now.Overwrite != to.overwrite
+	found, err := a.placeOn(ctx, host, placeAsk{VM: v.Spec.Name, UUID: v.Spec.UUID, Disk: disk, Size: v.Spec.Disks[diskIndex(v.Spec, disk)].Size,
+		Path: to.path, Overwrite: to.overwrite})
+	to.device = found.Device
+	return to, err
+}
+
+// place writes where a replica is to lie into the specification, and returns how to take that back.
+func (a *Agent) place(ctx context.Context, v clusterstore.VMView, disk, host string, to newPlace) (back func(), err error) {
+	if !to.change {
+		return func() {}, nil
+	}
+	set := func(ctx context.Context, p model.DiskPlace) error {
+		_, err := a.changeSpec(ctx, v.Spec.Name, func(spec model.VMSpec, rec model.Record) (model.VMSpec, model.Record, error) {
+			if spec.UUID != v.Spec.UUID || diskIndex(spec, disk) < 0 {
+				return spec, rec, noDisk(spec, disk)
+			}
+			spec.Places = spec.WithPlaces(p)
+			return spec, rec, nil
+		})
+		return err
+	}
+	old, placed := v.Spec.Place(disk, host)
+	if !placed {
+		old = model.DiskPlace{Disk: disk, Host: host, Path: model.StatePlace}
+	}
+	back = func() {
+		if err := set(context.WithoutCancel(ctx), old); err != nil {
+			a.log.Warn("take back the new place of a replica", "vm", v.Spec.Name, "disk", disk, "host", host, "error", err)
+		}
+	}
+	return back, set(ctx, model.DiskPlace{Disk: disk, Host: host, Path: to.path, Overwrite: to.overwrite})
+}
+
 // replaceReplica has a host make its replica of one disk anew; it is filled when the VM
 // is protected the next time.
-func (a *Agent) replaceReplica(ctx context.Context, op *operation, v clusterstore.VMView, disk, host string) error {
+func (a *Agent) replaceReplica(ctx context.Context, op *operation, v clusterstore.VMView, disk, host string, to newPlace) (err error) {
 	vm, rec := v.Spec.Name, v.Record.Record
+	back, err := a.place(ctx, v, disk, host, to)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			back()
+		}
+	}()
 	if rec.Mode != model.ModeStopped && host == rec.Primary.Host {
+		defer a.holdPlace(placeAsk{VM: vm, UUID: v.Spec.UUID, Disk: disk, Path: to.path})()
 		op.say("the running guest's replica is made anew")
-		return a.shimOpHere(ctx, vm, shimapi.Op{Op: "disk-replace", Value: disk})
+		value, err := json.Marshal(shimapi.ReplaceDisk{Disk: disk, Path: to.path, Device: to.device})
+		if err != nil {
+			return fmt.Errorf("replace disk %s: %w", disk, err)
+		}
+		if to.path == model.StatePlace && !to.change {
+			value = []byte(disk) // which older shims know too
+		}
+		return a.shimOpHere(ctx, vm, shimapi.Op{Op: "disk-replace", Value: string(value)})
 	}
 	if rec.Mode != model.ModeStopped {
 		w := a.workerOf(vm)
@@ -159,11 +239,10 @@ func (a *Agent) renewHere(ctx context.Context, vm string, req renewReplica) erro
 			return fmt.Errorf("%w: VM %q", errStillLives, vm)
 		}
 		defer lock.release()
-		dir := a.vmFile(vm, shimapi.DiskDir)
-		if err := blockstore.Remove(vfs.OS{}, dir, req.Disk); err != nil || req.Drop {
-			return err
+		if req.Drop {
+			return a.removeReplica(vm, req.Disk)
 		}
-		err = blockstore.Create(vfs.OS{}, dir, blockstore.Params{ID: req.Disk, VM: spec.UUID, Size: spec.Disks[n].Size, Term: rec.Term, Branch: rec.Branch, State: model.Inconsistent})
+		err = a.makeReplica(ctx, spec, rec, spec.Disks[n])
 		if err == nil {
 			a.diskReplaced(vm) // this host may hold the second copy again
 		}

@@ -66,6 +66,8 @@ func (a *Agent) disksOf(ctx context.Context, v clusterstore.VMView) []api.VMDisk
 		for i, h := range names {
 			r := replicaOf(answers[i], d.ID)
 			r.Host, r.Role, r.State = h, "spare", rec.Replicas[h].State
+			at, _ := v.Spec.Place(d.ID, h)
+			r.Place = at.Path
 			switch h {
 			case rec.Primary.Host:
 				r.Role = "primary"
@@ -79,7 +81,7 @@ func (a *Agent) disksOf(ctx context.Context, v clusterstore.VMView) []api.VMDisk
 		}
 		for _, x := range vm.Disks {
 			if x.ID == d.ID {
-				k.Verified = x.Verified
+				k.Verified, k.Places = x.Verified, x.Places
 			}
 		}
 		k.Problems = problemsOfDisk(vm.Problems, k)
@@ -183,7 +185,7 @@ func (a *Agent) replicasOfVM(ctx context.Context, vm string) hostReplicas {
 		if !ok {
 			continue
 		}
-		out.Replicas = append(out.Replicas, hostReplica{id, inspectReplica(dir, id)})
+		out.Replicas = append(out.Replicas, hostReplica{id, inspectReplica(ctx, dir, id)})
 	}
 
 	sort.Slice(out.Replicas, func(i, j int) bool { return out.Replicas[i].ID < out.Replicas[j].ID })
@@ -200,12 +202,20 @@ func (a *Agent) replicasOfVM(ctx context.Context, vm string) hostReplicas {
 	return out
 }
 
-func inspectReplica(dir, id string) api.DiskReplica {
+func inspectReplica(ctx context.Context, dir, id string) api.DiskReplica {
+	var r api.DiskReplica
+	if answers, _ := answersIn(ctx, func() error { r = inspectFiles(dir, id); return nil }); !answers {
+		return api.DiskReplica{Error: "its file or device does not answer"}
+	}
+	return r
+}
+
+func inspectFiles(dir, id string) api.DiskReplica {
 	rep, err := blockstore.Inspect(vfs.OS{}, dir+"/"+id)
 	if err != nil {
 		return api.DiskReplica{Error: err.Error()}
 	}
-	r := api.DiskReplica{Exists: true, Path: rep.Image, Size: rep.Meta.Size, OwnState: model.ReplicaState(rep.Meta.State), Term: model.Term(rep.Meta.Term),
+	r := api.DiskReplica{Exists: true, Path: rep.Image, Device: rep.Device, Size: rep.Meta.Size, OwnState: model.ReplicaState(rep.Meta.State), Term: model.Term(rep.Meta.Term),
 		Branch: model.BranchID(rep.Meta.Branch), Line: rep.Meta.Current, Clean: rep.Meta.Clean, Checksums: rep.Checksums, JournalLen: rep.Journal.Bytes}
 	if rep.Log != nil {
 		r.ActiveLog = rep.Log.Bytes

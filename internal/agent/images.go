@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"perdure/api"
+	"perdure/internal/vfs"
 )
 
 const (
@@ -109,7 +110,11 @@ func (i *imageInfo) check(path string) error {
 
 // convert copies an image to a raw file and reports bytes as they are done.
 func (a *Agent) convert(ctx context.Context, img image, to string, done func(int64)) error {
-	cmd := exec.CommandContext(ctx, a.cfg.QEMUImg, "convert", "-p", "-f", img.format, "-O", "raw", "file:"+img.path, "file:"+to)
+	protocol := "file:"
+	if device, err := (vfs.OS{}).IsDevice(to); err == nil && device {
+		protocol = "host_device:"
+	}
+	cmd := exec.CommandContext(ctx, a.cfg.QEMUImg, "convert", "-p", "-f", img.format, "-O", "raw", "file:"+img.path, protocol+to)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.StdoutPipe()

@@ -125,7 +125,9 @@ func (a *Agent) ask(ctx context.Context, host, method, path, vm string, in, out 
 		}
 		p.Status = resp.StatusCode
 		e := p.Err()
-		return api.Errorf(e.Class, "host %s: %w", host, e)
+		from := api.Errorf(e.Class, "host %s: %w", host, e)
+		from.Action = e.Action
+		return from
 	}
 	if out == nil {
 		return nil
@@ -187,6 +189,13 @@ func (a *Agent) peerHandler() http.Handler {
 	mux.HandleFunc("GET /agent/v1/disks", a.vmCall(func(ctx context.Context, vm string, _ *http.Request) (any, error) {
 		h := a.replicasOfVM(ctx, vm)
 		return h, h.err
+	}))
+	mux.HandleFunc("POST /agent/v1/place", a.vmCall(func(ctx context.Context, _ string, r *http.Request) (any, error) {
+		var req placeAsk
+		if err := json.NewDecoder(io.LimitReader(r.Body, 64<<10)).Decode(&req); err != nil {
+			return nil, err
+		}
+		return a.placeHere(ctx, req)
 	}))
 	mux.HandleFunc("POST /agent/v1/renew-replica", a.vmCall(func(ctx context.Context, vm string, r *http.Request) (any, error) {
 		var req renewReplica

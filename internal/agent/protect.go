@@ -302,7 +302,7 @@ func (a *Agent) prepareSecondary(ctx context.Context, vm string) error {
 		return err
 	}
 	rec := cur.Record
-	if err := a.replicas(spec, rec, true); err != nil {
+	if err := a.replicas(ctx, spec, rec, true); err != nil {
 		return err
 	}
 	return a.fetchBlobs(ctx, spec, rec)
@@ -313,6 +313,9 @@ func (a *Agent) prepareSecondary(ctx context.Context, vm string) error {
 func (a *Agent) diskRoom(spec model.VMSpec) error {
 	var need int64
 	for _, d := range spec.Disks {
+		if _, ok := spec.Place(d.ID, a.cfg.Name); ok {
+			continue // looked at when it is made
+		}
 		need += d.Size
 		entries, err := filepath.Glob(filepath.Join(a.vmFile(spec.Name, shimapi.DiskDir), d.ID+".raw"))
 		if err != nil {

@@ -65,7 +65,7 @@ func (a *Agent) ready(ctx context.Context, spec model.VMSpec, rec model.Record) 
 		return err
 	}
 	secondary := rec.Secondary.Host == a.cfg.Name
-	if err := a.replicas(spec, rec, secondary); err != nil {
+	if err := a.replicas(ctx, spec, rec, secondary); err != nil {
 		return err
 	}
 	if err := a.fetchBlobs(ctx, spec, rec); err != nil {
@@ -134,7 +134,7 @@ func (a *Agent) moveAside(vm, uuid string) error {
 
 // replicas makes the replicas of a secondary that are not there yet, empty and
 // marked Inconsistent. A primary's must exist: nothing is made in their place.
-func (a *Agent) replicas(spec model.VMSpec, rec model.Record, secondary bool) error {
+func (a *Agent) replicas(ctx context.Context, spec model.VMSpec, rec model.Record, secondary bool) error {
 	if err := a.fitReplicas(spec, secondary); err != nil {
 		return err
 	}
@@ -144,16 +144,36 @@ func (a *Agent) replicas(spec model.VMSpec, rec model.Record, secondary bool) er
 		switch {
 		case err != nil:
 			return fmt.Errorf("look for disk %s: %w", d.ID, err)
+		case ok && secondary && rec.Replicas[a.cfg.Name].State != model.UpToDate && a.misplaced(spec, d.ID):
 		case ok:
+			if err := a.checkImage(ctx, spec.Name, d.ID); err != nil {
+				return err
+			}
 			continue
 		case !secondary:
 			return fmt.Errorf("disk %s is missing in %s", d.ID, dir)
 		}
-		err = blockstore.Create(vfs.OS{}, dir, blockstore.Params{ID: d.ID, VM: spec.UUID, Size: d.Size,
-			Term: rec.Term, Branch: rec.Branch, State: model.Inconsistent})
-		if err != nil {
-			return fmt.Errorf("make replica of disk %s: %w", d.ID, err)
+		if err := a.makeReplica(ctx, spec, rec, d); err != nil {
+			return err
 		}
+	}
+	return nil
+}
+
+// makeReplica makes a replica here, empty and marked Inconsistent, in the place of one that
+// may be there. That one is kept where the place of the new one is refused.
+func (a *Agent) makeReplica(ctx context.Context, spec model.VMSpec, rec model.Record, d model.DiskSpec) error {
+	p, release, err := a.placed(ctx, spec, blockstore.Params{ID: d.ID, VM: spec.UUID, Size: d.Size,
+		Term: rec.Term, Branch: rec.Branch, State: model.Inconsistent})
+	if err != nil {
+		return err
+	}
+	defer release()
+	if err := a.removeReplica(spec.Name, d.ID); err != nil {
+		return err
+	}
+	if err := blockstore.Create(vfs.OS{}, a.vmFile(spec.Name, shimapi.DiskDir), p); err != nil {
+		return fmt.Errorf("make replica of disk %s: %w", d.ID, err)
 	}
 	return nil
 }

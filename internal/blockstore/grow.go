@@ -43,6 +43,13 @@ func grow(fsys vfs.FS, at files, f vfs.File, id string, size int64) error {
 	if err := next.validate(); err != nil {
 		return err
 	}
+	if m.Image != "" {
+		if m, err = moveStamp(fsys, f, m, size); err != nil {
+			return err
+		}
+		next = m
+		next.Size = size
+	}
 	if err := growImage(fsys, at, m, size); err != nil {
 		return err
 	}
@@ -71,14 +78,8 @@ func growImage(fsys vfs.FS, at files, m metaRecord, size int64) error {
 		return err
 	}
 	n, err := raw.Size()
-	switch {
-	case err != nil:
-	case m.Image == "":
-		if n < size {
-			err = raw.Truncate(size)
-		}
-	case n < size:
-		err = fmt.Errorf("%s has %d bytes, the disk is to have %d", path, n, size)
+	if err == nil && n < size {
+		err = raw.Truncate(size) // of an image elsewhere moveStamp has made it long enough
 	}
 	// What lies beyond the old size is of an attempt that broke off, or of the device's past.
 	for off := m.Size; err == nil && off < min(n, size); off += wipeStep {
@@ -108,4 +109,39 @@ func change(fsys vfs.FS, path string, do func(vfs.File) error) error {
 		return err
 	}
 	return errors.Join(do(f), f.Close())
+}
+
+// moveStamp makes room in an image elsewhere and moves its stamp behind the new end,
+// where it is before the old place is given to the disk. It returns the metadata, durable, that say so.
+func moveStamp(fsys vfs.FS, f vfs.File, m metaRecord, size int64) (_ metaRecord, err error) {
+	raw, err := fsys.OpenLocked(m.Image)
+	if err != nil {
+		return m, missingImage(m.Image, err)
+	}
+	defer func() { err = errors.Join(err, raw.Close()) }()
+	t, err := m.fits(raw)
+	if err != nil || m.stampAt >= size {
+		return m, err
+	}
+	n, err := raw.Size()
+	if err != nil {
+		return m, err
+	}
+	to := size
+	if m.Device {
+		if to = stampPlace(n); to < size {
+			return m, fmt.Errorf("%s has %d bytes, the disk is to have %d and its stamp %d", m.Image, n, size, StampSize)
+		}
+	} else if err := raw.Truncate(max(n, size+StampSize)); err != nil {
+		return m, err
+	}
+	t.seq++
+	if err := raw.Zero(to, StampSize, false); err != nil {
+		return m, err
+	}
+	if err := writeStamp(raw, to, t); err != nil {
+		return m, err
+	}
+	m.stampAt, m.stampSeq, m.seq = to, t.seq, m.seq+1
+	return m, writeMeta(f, m)
 }

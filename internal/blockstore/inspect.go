@@ -21,6 +21,7 @@ type Report struct {
 	Checksums string        `json:"checksums"` // off, complete, partly
 	Journal   JournalReport `json:"journal"`
 	Image     string        `json:"image"`
+	Device    bool          `json:"device,omitempty"` // the image is a block device
 	ImageSize int64         `json:"imageSize"`
 	Problems  []string      `json:"problems,omitempty"` // what is missing or damaged
 }
@@ -94,6 +95,7 @@ func Inspect(fsys vfs.FS, path string) (Report, error) {
 	if meta.Image != "" {
 		r.Image = meta.Image
 	}
+	r.Device = meta.Device
 	r.inspect(fsys, r.Image, func(f vfs.File) error { return r.image(f, meta) })
 	r.journal(fsys, at, meta)
 	r.Checksums = "off"
@@ -141,6 +143,9 @@ func (r *Report) image(f vfs.File, meta metaRecord) (err error) {
 	r.ImageSize, err = f.Size()
 	if err == nil && r.ImageSize < meta.Size {
 		err = fmt.Errorf("%d bytes, the disk has %d: %w", r.ImageSize, meta.Size, ErrCorrupt)
+	}
+	if err == nil && meta.Image != "" {
+		_, err = meta.fits(f)
 	}
 	return err
 }

@@ -162,6 +162,9 @@ func (s *Store) metaNow() metaRecord {
 // when the torn one's number and place are used again.
 func (s *Store) startJournal(last uint64) error {
 	j := &s.journal
+	if err := s.bumpStamp(); err != nil {
+		return err
+	}
 	if err := s.changeMeta(func(m *metaRecord) {
 		m.incarnation++
 		m.trimmed = last

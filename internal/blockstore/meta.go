@@ -27,7 +27,8 @@ type Meta struct {
 	VM      string // UUID of the VM; never changes
 	Disk    string // disk id; never changes
 	Size    int64  // bytes; never changes (for now)
-	Image   string // path of a block device that holds the image; empty: DIR/ID.raw. Never changes
+	Image   string // path of the file or block device that is the image; empty: DIR/ID.raw. Never changes
+	Device  bool   // Image is a block device. Never changes
 	Term    model.Term
 	Branch  model.BranchID
 	Run     model.RunID
@@ -45,6 +46,11 @@ type metaRecord struct {
 	trimmed     uint64 // journal records up to here are durable in the image
 	sums        bool   // block checksums are kept
 	complete    bool   // a checksum of 0 means a block of zeroes, and not "unknown"
+
+	// Of an image that lies elsewhere, see stamp.go.
+	stampAt  int64    // where its stamp is, bytes
+	stampID  [16]byte // its identity
+	stampSeq uint64   // its number
 }
 
 // Layout of the metadata file: two slots of slotSize. The first slotUsed bytes of
@@ -55,14 +61,25 @@ const (
 	slotSize    = 4096
 	slotUsed    = 512
 	metaVersion = 2
-	maxString   = 63   // bytes of vm, disk, branch and run
-	maxImage    = 1022 // bytes of the image's path
+	// placedVersion is that of a replica whose image lies elsewhere: a release that
+	// does not know stamps must not open it.
+	placedVersion = 3
+	maxString     = 63   // bytes of vm, disk, branch and run
+	maxImage      = 1022 // bytes of the image's path
 
 	atLineage = slotUsed
 	atImage   = atLineage + replica.EncodedSize
+	atStamp   = atImage + 2 + maxImage
 
 	flagSums     = 1 << 0
 	flagComplete = 1 << 1
+	flagDevice   = 1 << 2
+	// flagBound says that the number of the slot is repeated behind all else. A checksum over
+	// bytes that end with their own checksum does not depend on them, so that of the slot
+	// alone would take a new beginning for the beginning of an old rest.
+	flagBound = 1 << 3
+
+	atBound = slotSize - 12
 )
 
 var (
@@ -120,6 +137,12 @@ func (m metaRecord) encode() []byte {
 	if m.complete {
 		b[58] |= flagComplete
 	}
+	if m.Device {
+		b[58] |= flagDevice
+	}
+	if m.version >= 2 {
+		b[58] |= flagBound
+	}
 	for i, s := range []string{m.VM, m.Disk, string(m.Branch), string(m.Run)} {
 		at := 64 + 64*i
 		b[at] = byte(len(s))
@@ -132,6 +155,12 @@ func (m metaRecord) encode() []byte {
 	m.Lineage.AppendTo(b[atLineage:atLineage])
 	le.PutUint16(b[atImage:], uint16(len(m.Image)))
 	copy(b[atImage+2:], m.Image)
+	if m.version >= placedVersion {
+		le.PutUint64(b[atStamp:], uint64(m.stampAt))
+		le.PutUint64(b[atStamp+8:], m.stampSeq)
+		copy(b[atStamp+16:], m.stampID[:])
+	}
+	le.PutUint64(b[atBound:], m.seq)
 	le.PutUint32(b[slotSize-4:], crc32.Checksum(b[:slotSize-4], castagnoli))
 	return b
 }
@@ -145,8 +174,8 @@ func decodeSlot(b []byte) (metaRecord, error) {
 		return m, ErrCorrupt
 	}
 	m.version = le.Uint32(b[8:])
-	if m.version > metaVersion {
-		return m, fmt.Errorf("metadata version %d, this release knows %d: %w", m.version, metaVersion, ErrVersion)
+	if m.version > placedVersion {
+		return m, fmt.Errorf("metadata version %d, this release knows %d: %w", m.version, placedVersion, ErrVersion)
 	}
 	m.seq = le.Uint64(b[16:])
 	m.Size = int64(le.Uint64(b[24:]))
@@ -180,6 +209,9 @@ func (m *metaRecord) decodeRest(b []byte) (err error) {
 	if len(b) < slotSize || le.Uint32(b[slotSize-4:]) != crc32.Checksum(b[:slotSize-4], castagnoli) {
 		return ErrCorrupt // torn between the sectors
 	}
+	if b[58]&flagBound != 0 && le.Uint64(b[atBound:]) != m.seq {
+		return ErrCorrupt // torn behind the first one
+	}
 	m.sums, m.complete = b[58]&flagSums != 0, b[58]&flagComplete != 0
 	if m.Lineage, err = replica.DecodeLineage(b[atLineage:]); err != nil {
 		return err
@@ -189,6 +221,14 @@ func (m *metaRecord) decodeRest(b []byte) (err error) {
 		return ErrCorrupt
 	}
 	m.Image = string(b[atImage+2:][:n])
+	if m.version >= placedVersion {
+		m.Device = b[58]&flagDevice != 0
+		m.stampAt, m.stampSeq = int64(le.Uint64(b[atStamp:])), le.Uint64(b[atStamp+8:])
+		copy(m.stampID[:], b[atStamp+16:])
+		if m.Image == "" || m.stampAt < m.Size {
+			return ErrCorrupt
+		}
+	}
 	return nil
 }
 

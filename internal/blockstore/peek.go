@@ -6,6 +6,16 @@ import (
 	"perdure/internal/vfs"
 )
 
+// ReadMeta reads the metadata of a replica and nothing else. It takes no lock, so of
+// a replica in use they may be a moment old.
+func ReadMeta(fsys vfs.FS, dir, id string) (Meta, error) {
+	m, err := metaOf(fsys, dir, id)
+	if err != nil {
+		return Meta{}, fmt.Errorf("read metadata of disk %s: %w", id, err)
+	}
+	return m.Meta, nil
+}
+
 // Peek reads the metadata of a replica, and how many bytes of it the peer lacks at
 // most, by bitmap and activity log. It takes no lock and changes nothing, so of a
 // replica in use it may be a moment old.

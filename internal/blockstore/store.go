@@ -29,12 +29,20 @@ type Params struct {
 	Branch model.BranchID
 	Run    model.RunID
 	State  model.ReplicaState
-	Adopt  bool // DIR/ID.raw exists (an imported image) and becomes the image; it is extended to Size, never cut
-	// Device is the path of a block device that becomes the image instead of
-	// DIR/ID.raw. It is not emptied, and must be as long as Size at least.
-	Device string
+	Adopt  bool // the image exists (an imported one) and is taken as it is; it is extended to Size, never cut
+	// Image is the absolute path of a file or block device that becomes the image
+	// instead of DIR/ID.raw; it needs StampSize bytes behind Size. Without Adopt what it held is
+	// lost. A device (Device) is made to read as zeroes, unless the replica is Inconsistent.
+	Image  string
+	Device bool
+	Host   string // name of this host, for the stamp of such an image
 	// NoChecksums leaves the block checksums out, see Options.Checksums.
 	NoChecksums bool
+}
+
+// zeroed reports whether the image is made to read as zeroes.
+func (p Params) zeroed() bool {
+	return !p.Adopt && (!p.Device || p.State != model.Inconsistent)
 }
 
 // Setting of something that the metadata remember.
@@ -93,6 +101,7 @@ type Store struct {
 	setting sync.Mutex // one SetMeta at a time
 	metaMu  sync.Mutex
 	meta    metaRecord
+	stamp   stamp // of an image that lies elsewhere, as last made durable
 
 	// imageMu serialises fdatasync of the image. written counts direct writes after
 	// they were carried out, durable is the count that the last sync covers; equal
@@ -132,20 +141,32 @@ func Create(fsys vfs.FS, dir string, p Params) (err error) {
 		}
 	}()
 	m := metaRecord{version: metaVersion, seq: 1, incarnation: 1, Meta: Meta{VM: p.VM, Disk: p.ID, Size: p.Size, Term: p.Term,
-		Branch: p.Branch, Run: p.Run, State: p.State, Image: p.Device, Clean: true}, sums: !p.NoChecksums}
-	// A new image is all holes, so that its checksums are known.
-	m.complete = m.sums && !p.Adopt && p.Device == ""
+		Branch: p.Branch, Run: p.Run, State: p.State, Image: p.Image, Device: p.Device, Clean: true}, sums: !p.NoChecksums}
+	// A new image is all zeroes, so that its checksums are known.
+	m.complete = m.sums && p.zeroed()
+	if p.Image != "" {
+		m.version, m.stampID, m.stampSeq = placedVersion, newStampID(), 1
+	}
 	if err := m.validate(); err != nil {
 		return err
 	}
-	at := paths(dir, p.ID)
+	if len(p.Host) > maxString {
+		return fmt.Errorf("%.80q is longer than %d bytes", p.Host, maxString)
+	}
+	at, last := paths(dir, p.ID), false
 	if ok, err := fsys.Exists(at.meta); err != nil {
 		return err
 	} else if ok {
 		return fs.ErrExist
 	}
-	if p.Device != "" {
-		err = checkDevice(fsys, p.Device, p.Size)
+	if p.Image != "" {
+		made := false
+		m.stampAt, made, err = placeImage(fsys, p, stamp{Stamp{p.VM, p.ID, p.Host}, m.stampID, m.stampSeq})
+		defer func() {
+			if err != nil && m.stampAt > 0 && !last { // else the metadata may be there
+				_ = dropImage(fsys, m, !made) // the error that matters is err
+			}
+		}()
 	} else {
 		err = createImage(fsys, at.raw, p)
 	}
@@ -165,6 +186,7 @@ func Create(fsys vfs.FS, dir string, p Params) (err error) {
 	}
 	slots := make([]byte, 2*slotSize)
 	copy(slots[slotSize*(m.seq%2):], m.encode())
+	last = true
 	return vfs.ReplaceFile(fsys, at.meta, slots)
 }
 
@@ -198,22 +220,6 @@ func remake(fsys vfs.FS, path string, fill func(vfs.File) error) error {
 	return err
 }
 
-// checkDevice opens a block device as its user would, and compares its size.
-func checkDevice(fsys vfs.FS, path string, size int64) error {
-	f, err := fsys.OpenLocked(path)
-	if err != nil {
-		return err
-	}
-	n, err := f.Size()
-	if err == nil && n < size {
-		err = fmt.Errorf("%s has %d bytes, the disk %d", path, n, size)
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	return err
-}
-
 func createImage(fsys vfs.FS, path string, p Params) error {
 	open := fsys.Create
 	if p.Adopt {
@@ -240,9 +246,28 @@ func createImage(fsys vfs.FS, path string, p Params) error {
 }
 
 // Remove deletes a replica and what is left of a half-made or half-removed one.
-// The metadata goes first. Removing what is not there is no error. A block device
-// keeps its content.
+// The metadata goes first. Removing what is not there is no error. An image
+// elsewhere is deleted too where it is a file of this replica still; a block device
+// keeps its content and loses its stamp. See Release.
 func Remove(fsys vfs.FS, dir, id string) error {
+	_, err := Release(fsys, dir, id, false)
+	return err
+}
+
+// Release is Remove that can keep an image elsewhere: with keep it stays, as a raw image
+// that belongs to nobody. left says why such an image was left as it was, if it was: it cannot be
+// reached, is in use, or is not this replica's any more.
+func Release(fsys vfs.FS, dir, id string, keep bool) (left, err error) {
+	// The image first: without its stamp the metadata say nothing any more, and it
+	// is known as long as they are there.
+	if m, err := metaOf(fsys, dir, id); err == nil && m.Image != "" {
+		left = dropImage(fsys, m, keep)
+	}
+	return left, Abandon(fsys, dir, id)
+}
+
+// Abandon is Remove that does not look at an image elsewhere, whose device may not answer.
+func Abandon(fsys vfs.FS, dir, id string) error {
 	at := paths(dir, id)
 	for _, group := range [][]string{{at.meta}, {at.meta + ".tmp", at.journals[0], at.journals[1], at.log, at.bits, at.sums, at.raw}} {
 		for _, p := range group {
@@ -289,7 +314,15 @@ func Open(fsys vfs.FS, dir, id string, o Options) (_ *Store, err error) {
 		image = s.meta.Image
 	}
 	if s.raw, err = fsys.OpenLocked(image); err != nil {
+		if s.meta.Image != "" {
+			err = missingImage(image, err)
+		}
 		return nil, err
+	}
+	if s.meta.Image != "" {
+		if s.stamp, err = s.meta.fits(s.raw); err != nil {
+			return nil, err
+		}
 	}
 	if n, err := s.raw.Size(); err != nil {
 		return nil, err
@@ -386,7 +419,7 @@ func (s *Store) settleSide() error {
 	if err := s.fsys.SyncDir(filepath.Dir(s.at.meta)); err != nil {
 		return err
 	}
-	if err := s.changeMeta(func(r *metaRecord) { r.version, r.sums, r.complete = metaVersion, m.sums, m.complete }); err != nil {
+	if err := s.changeMeta(func(r *metaRecord) { r.version, r.sums, r.complete = max(r.version, metaVersion), m.sums, m.complete }); err != nil {
 		return err
 	}
 	s.lost = false
@@ -451,7 +484,9 @@ func (s *Store) Close() error {
 			err = s.act.close()
 		}
 		if err == nil && s.Pending() == 0 {
-			err = s.changeMeta(func(m *metaRecord) { m.Clean = true })
+			if err = s.bumpStamp(); err == nil {
+				err = s.changeMeta(func(m *metaRecord) { m.Clean = true })
+			}
 		}
 	}
 	return errors.Join(err, s.closeFiles())
@@ -515,6 +550,7 @@ func (s *Store) changeMeta(fn func(*metaRecord)) error {
 		return err
 	}
 	m := s.meta
+	m.stampSeq = s.stamp.seq
 	fn(&m)
 	if err := m.validate(); err != nil {
 		return fmt.Errorf("change metadata of %s: %w", s.id, err)

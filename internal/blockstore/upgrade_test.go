@@ -217,7 +217,7 @@ func TestBlockDevice(t *testing.T) {
 		}
 	})
 	p := testParams()
-	p.Device, p.Size = dev, 2<<20
+	p.Image, p.Device, p.Size = dev, true, 2<<20
 	if err := Create(vfs.OS{}, dir, p); err == nil || !strings.Contains(err.Error(), "has 1048576 bytes, the disk 2097152") {
 		t.Fatal(err)
 	}

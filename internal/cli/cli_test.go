@@ -204,6 +204,8 @@ func set(ts *testscript.TestScript, vm *api.VM, kv string) {
 		vm.Wanted = model.Wanted(v)
 	case "sync":
 		vm.Sync = []model.Progress{{What: "memory", Done: 1 << 30, Total: 2 << 30, ETASeconds: 12}, {What: "disks", Done: 5 << 30, Total: 10 << 30, ETASeconds: 80}}
+	case "resync":
+		vm.Sync = []model.Progress{{What: "memory", Done: 1 << 30, Total: 2 << 30, ETASeconds: 12}, {What: "disks", Done: 5 << 30, Total: 10 << 30, ETASeconds: 80, Rate: 64 << 20}}
 	case "problem":
 		vm.Problems = append(vm.Problems, model.Problem{Code: "note", Severity: model.Warning, Text: "one A-link is down", Action: "check the cable of alink1"},
 			model.Problem{Code: v, Severity: model.Critical, Text: "hostb does not answer on any A-link", Action: "look at hostb; it is protected again by itself"})

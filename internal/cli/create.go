@@ -24,20 +24,12 @@ func (d *diskFlag) String() string { return "" }
 
 func (d *diskFlag) Type() string {
 	if d.image {
-		return "FILE[,size=SIZE][,format=F]"
+		return "FILE[,size=SIZE][,format=F][,path=[HOST:]PATH][,overwrite]"
 	}
-	return "SIZE"
+	return "SIZE[,path=[HOST:]PATH][,overwrite]"
 }
 
 func (d *diskFlag) Set(s string) error {
-	if !d.image {
-		n, err := parseSize(s)
-		if err != nil {
-			return err
-		}
-		*d.disks = append(*d.disks, api.CreateDisk{Size: n})
-		return nil
-	}
 	// A comma may be part of the file's name: options are only taken off the end.
 	disk := api.CreateDisk{}
 	for {
@@ -45,20 +37,26 @@ func (d *diskFlag) Set(s string) error {
 		if i < 0 {
 			break
 		}
-		key, val, ok := strings.Cut(s[i+1:], "=")
-		if !ok || key != "size" && key != "format" {
+		known, err := d.option(&disk, s[i+1:])
+		if err != nil {
+			return err
+		}
+		if !known {
 			break
 		}
-		if key == "format" {
-			disk.Format = val
-		} else {
-			n, err := parseSize(val)
-			if err != nil {
-				return err
-			}
-			disk.Size = n
-		}
 		s = s[:i]
+	}
+	if !d.image {
+		if i := strings.IndexByte(s, ','); i >= 0 {
+			return fmt.Errorf("disk %q: option %q is not known; allowed are path=[HOST:]PATH and overwrite", s, s[i+1:])
+		}
+		n, err := parseSize(s)
+		if err != nil {
+			return err
+		}
+		disk.Size = n
+		*d.disks = append(*d.disks, disk)
+		return nil
 	}
 	if s == "" {
 		return fmt.Errorf("the file name of the image is empty")
@@ -66,6 +64,30 @@ func (d *diskFlag) Set(s string) error {
 	disk.Image = &api.File{Path: s}
 	*d.disks = append(*d.disks, disk)
 	return nil
+}
+
+// option takes in one option of a disk; false: it is none.
+func (d *diskFlag) option(disk *api.CreateDisk, s string) (bool, error) {
+	key, val, has := strings.Cut(s, "=")
+	switch {
+	case key == "overwrite" && !has:
+		disk.Overwrite = true
+	case !has:
+		return false, nil
+	case key == "path":
+		return true, addPlace(&disk.Paths, val)
+	case key == "format" && d.image:
+		disk.Format = val
+	case key == "size" && d.image:
+		n, err := parseSize(val)
+		if err != nil {
+			return false, err
+		}
+		disk.Size = n
+	default:
+		return false, nil
+	}
+	return true, nil
 }
 
 // netFlag is --net BRIDGE[,mac=…].
@@ -120,9 +142,12 @@ func (a *app) vmCreateCommand() *cobra.Command {
 	c := &cobra.Command{Use: "create NAME", Short: "Create a VM", Args: args("NAME"),
 		Long: `Creates a VM with its disks on the host that is asked (or --host). Images are
 copied, never used in place; --disk and --image may be repeated and mixed, the
-order given is the order in which the guest sees the disks. Interrupting the
-command undoes what it has made.`,
+order given is the order in which the guest sees the disks. A disk's replica lies
+in the state directory of its host, or where path= says: a file or a block device
+(partition, LVM volume) on that host, without HOST on the one that makes the VM.
+Interrupting the command undoes what it has made.`,
 		Example: `  perdure vm create web --level ft --vcpus 2 --memory 2G --image debian.qcow2 --disk 20G --net lan --start
+  perdure vm create db --level ca --memory 4G --disk 100G,path=a:/dev/vg0/db,path=b:/srv/fast/db.raw --net lan
   perdure vm create test --memory 256M --kernel vmlinuz --initrd initrd.gz --append "console=ttyS0" --net lan`}
 	f := c.Flags()
 	f.StringVar(&level, "level", string(model.LevelNone), "protection `LEVEL`: none, ca (mirrored disks; the guest boots on the other host), or ft (fault tolerance); can be changed later, see perdure vm level")

@@ -62,18 +62,31 @@ func (a *app) diskList(ctx context.Context, c *api.Client, args []string) error 
 		return nil
 	}
 	wide := a.output == "wide"
-	t := &table{head: []string{"VM", "DISK", "SIZE", "USED", "REPLICAS", "PROBLEM"}}
+	// Where no replica has a path of its own, nobody is bothered with paths.
+	placed := wide || slices.ContainsFunc(l, func(d api.VMDisk) bool { return placesText(d.Places) != "" })
+	t := &table{head: []string{"VM", "DISK", "SIZE", "USED"}}
 	if wide {
-		t.head = []string{"VM", "DISK", "SIZE", "USED", "LEVEL", "MODE", "REPLICAS", "CHECKSUMS", "SLOT", "PROBLEM"}
+		t.head = append(t.head, "LEVEL", "MODE")
 	}
+	if t.head = append(t.head, "REPLICAS"); placed {
+		t.head = append(t.head, "PATHS")
+	}
+	if wide {
+		t.head = append(t.head, "CHECKSUMS", "SLOT")
+	}
+	t.head = append(t.head, "PROBLEM")
 	for _, d := range l {
 		row := []cell{{text: d.VM}, {text: d.ID}, {text: api.FormatSize(d.Size)}, {text: usedText(d)}}
 		if wide {
-			row = append(row, cell{text: string(d.Level)}, cell{text: string(d.Mode)}, replicasCell(d), cell{text: checksumsText(d)}, text("%#x", d.Slot), problemCell(d.Problems))
-		} else {
-			row = append(row, replicasCell(d), problemCell(d.Problems))
+			row = append(row, cell{text: string(d.Level)}, cell{text: string(d.Mode)})
 		}
-		t.add(row...)
+		if row = append(row, replicasCell(d)); placed {
+			row = append(row, cell{text: placesText(d.Places)})
+		}
+		if wide {
+			row = append(row, cell{text: checksumsText(d)}, text("%#x", d.Slot))
+		}
+		t.add(append(row, problemCell(d.Problems))...)
 	}
 	a.printTable(t)
 	return nil
@@ -221,7 +234,10 @@ func (a *app) replicaFields(f *fields, r api.DiskReplica) {
 		f.put("  files", r.Error)
 		return
 	}
-	f.put("  data", fmt.Sprintf("%s · %s allocated", r.Path, api.FormatSize(r.Allocated)))
+	f.put("  data", dataText(r))
+	if r.Place != "" && r.Place != r.Path {
+		f.put("  place", r.Place+" when it is made anew")
+	}
 	own := string(r.OwnState) + fmt.Sprintf(" · term %d", r.Term)
 	if r.Branch != "" {
 		own += " · branch " + string(r.Branch)
@@ -239,6 +255,15 @@ func (a *app) replicaFields(f *fields, r api.DiskReplica) {
 	}
 }
 
+// dataText says where the data of a replica are.
+func dataText(r api.DiskReplica) string {
+	s := fmt.Sprintf("%s · %s allocated", r.Path, api.FormatSize(r.Allocated))
+	if r.Device {
+		s = r.Path + " · block device"
+	}
+	return s
+}
+
 func (a *app) diskStatus(ctx context.Context, c *api.Client, args []string) error {
 	l, err := disksOf(ctx, c, args)
 	if err != nil {
@@ -251,7 +276,12 @@ func (a *app) diskStatus(ctx context.Context, c *api.Client, args []string) erro
 		a.say("no disks")
 		return nil
 	}
-	t := &table{head: []string{"VM", "DISK", "MODE", "REPLICAS", "BEHIND", "COPYING"}}
+	t := &table{head: []string{"VM", "DISK", "MODE", "REPLICAS"}}
+	placed := slices.ContainsFunc(l, func(d api.VMDisk) bool { return placesText(d.Places) != "" })
+	if placed {
+		t.head = append(t.head, "PATHS")
+	}
+	t.head = append(t.head, "BEHIND", "COPYING")
 	seen := map[string]bool{}
 	var problems []model.Problem
 	for _, d := range l {
@@ -261,9 +291,16 @@ func (a *app) diskStatus(ctx context.Context, c *api.Client, args []string) erro
 		}
 		copying := ""
 		for _, p := range d.Sync {
+			if of, one := strings.CutPrefix(p.What, "disk "); p.What == "memory" || one && of != d.ID {
+				continue // another disk's, or none's
+			}
 			copying = strings.TrimPrefix(copying+"; "+progressText(p), "; ")
 		}
-		t.add(cell{text: d.VM}, cell{text: d.ID}, cell{text: string(d.Mode)}, replicasCell(d), cell{text: behind}, cell{text: copying})
+		row := []cell{{text: d.VM}, {text: d.ID}, {text: string(d.Mode)}, replicasCell(d)}
+		if placed {
+			row = append(row, cell{text: placesText(d.Places)})
+		}
+		t.add(append(row, cell{text: behind}, cell{text: copying})...)
 		for _, p := range d.Problems {
 			if key := d.VM + p.Code + p.Text; !seen[key] {
 				seen[key] = true
@@ -311,11 +348,13 @@ func (a *app) diskAttachCommand(use string) *cobra.Command {
 	c.Long = `Gives a VM another disk: an empty one, one filled from an image (which is copied),
 or one that was detached before. A running guest gets it plugged in. A VM with a
 second copy runs without it meanwhile, and is protected again by itself.`
-	c.Example = "  perdure disk attach web --size 20G\n  perdure disk attach web --image data.qcow2 --id data\n  perdure disk attach web --from disk1-1 --id disk1"
+	c.Example = "  perdure disk attach web --size 20G\n  perdure disk attach web --image data.qcow2 --id data\n  perdure disk attach web --from disk1-1 --id disk1\n  perdure disk attach web --size 100G --path a:/dev/vg0/web --path b:/srv/fast/web.raw"
 	f := c.Flags()
 	f.Var(&sizeFlag{&req.Size}, "size", "size, such as 20G (default: that of the image)")
 	f.StringVar(&image, "image", "", "`FILE` that it is filled from (qcow2, raw, vmdk)")
 	f.StringVar(&req.Format, "format", "", "`FORMAT` of the image: raw, qcow2 or vmdk (default: found out)")
+	f.Var(&placeFlag{&req.Paths}, "path", "where the replica on a host shall lie: a file or block device there; may be repeated (default: the state directory; without HOST: the host that runs the VM)")
+	f.BoolVar(&req.Overwrite, "overwrite", false, "what the file or device at such a path holds may be lost")
 	f.StringVar(&req.From, "from", "", "take up the detached disk `NAME` again")
 	f.StringVar(&req.ID, "id", "", "`NAME` of the disk (default: the first free of disk0, disk1, …)")
 	f.BoolVar(&noWait, "no-wait", false, "return as soon as the request was accepted")
@@ -443,12 +482,26 @@ func (a *app) diskReplaceCommand() *cobra.Command {
 	var noWait, yes bool
 	c := &cobra.Command{Use: "replace VM DISK", Short: "Give one host's replica up for a new one, which is then filled", Args: args("VM", "DISK"), ValidArgsFunction: a.completeDisks}
 	c.Long = `Gives the replica of a disk on one host up, makes a new one there, and has it filled
-from the other host: for a host whose disk failed or was exchanged. The last good
-replica is never given up.`
+from the other host: for a host whose disk failed or was exchanged, or to have the
+replica somewhere else. The last good replica is never given up.
+
+PATH is an absolute path on that host, of a file or of a block device (partition,
+LVM volume); "default" is the host's state directory. A file is made, in a directory
+that exists; a device must be 8 KiB longer than the disk. What holds data, is in use
+or belongs to another disk is refused. See docs/disks.md.`
+	c.Example = "  perdure disk replace web disk0 --host b\n  perdure disk replace web disk0 --host b --path /dev/vg0/web\n  perdure disk replace web disk0 --host b --path default"
 	c.Flags().StringVar(&req.Host, "host", "", "`HOST` whose replica it is (default: the one that does not run the VM)")
+	c.Flags().StringVar(&req.Path, "path", "", "`PATH` of the new replica on that host (default: where the old one was to be)")
+	c.Flags().BoolVar(&req.Overwrite, "overwrite", false, "what the file or device at PATH holds may be lost")
 	c.Flags().BoolVar(&noWait, "no-wait", false, "return as soon as the request was accepted")
 	c.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
 	c.RunE = a.call(func(ctx context.Context, cl *api.Client, args []string) error {
+		if c.Flags().Changed("path") && req.Path == "" {
+			return api.Errorf(api.Invalid, "--path is empty; allowed are an absolute path and the word default")
+		}
+		if err := req.Validate(); err != nil {
+			return err
+		}
 		d, err := cl.Disk(ctx, args[0], args[1])
 		if err != nil {
 			return err

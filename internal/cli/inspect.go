@@ -14,11 +14,16 @@ func (a *app) inspectCommand() *cobra.Command {
 	c := a.group("inspect", "Look into files, offline", "")
 	disk := &cobra.Command{Use: "disk FILE", Short: "Show what the files of a replica say", Args: args("FILE"),
 		Long: `Shows metadata, activity log, bitmap, checksums and journal of a replica. FILE is
-any one of its files, as in STATE-DIR/vms/NAME/disks/disk0.meta. Needs no agent and
+any one of its files, as in STATE-DIR/vms/NAME/disks/disk0.meta; of a file or device that
+is an image elsewhere it says whose. Needs no agent and
 changes nothing. While the VM runs on this host, what it shows may be out of date.`}
 	disk.RunE = func(_ *cobra.Command, args []string) error {
 		r, err := blockstore.Inspect(vfs.OS{}, args[0])
 		if err != nil {
+			if st, ok, serr := blockstore.ProbeStamp(vfs.OS{}, args[0]); serr == nil && ok {
+				return api.Errorf(api.Invalid, "%s is the image of disk %s of the VM with the UUID %s, by its stamp of host %s", args[0], st.Disk, st.VM, st.Host).
+					WithAction("give the metadata instead, which are in the state directory of that host: vms/NAME/disks/%s.meta", st.Disk)
+			}
 			return api.Errorf(api.Invalid, "%v", err)
 		}
 		if a.machine() {

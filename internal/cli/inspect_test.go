@@ -33,6 +33,15 @@ func TestInspectDisk(t *testing.T) {
 	if code, out, _ = run("inspect", "disk", dir+"/disk0.raw", "-o", "json"); code != 0 || !strings.Contains(out, `"version": 2`) {
 		t.Fatal(code, out)
 	}
+	if err := blockstore.Create(vfs.OS{}, dir, blockstore.Params{ID: "disk1", VM: "0b5c0b34", Size: 1 << 20, State: model.UpToDate, Image: dir + "/web", Host: "a"}); err != nil {
+		t.Fatal(err)
+	}
+	if code, out, _ = run("inspect", "disk", dir+"/disk1.meta"); code != 0 || !strings.Contains(out, dir+"/web, 1056768 bytes") || !strings.Contains(out, "version 3") {
+		t.Fatal(code, out)
+	}
+	if code, _, errs = run("inspect", "disk", dir+"/web"); code == 0 || !strings.Contains(errs, "is the image of disk disk1 of the VM with the UUID 0b5c0b34, by its stamp of host a") {
+		t.Fatal(code, errs)
+	}
 	if code, _, errs = run("inspect", "disk", dir+"/disk7.meta"); code == 0 || !strings.Contains(errs, "disk7") {
 		t.Fatal(code, errs)
 	}

@@ -268,6 +268,7 @@ func (a *app) printVM(vm *api.VM) {
 	}
 	for _, d := range vm.Disks {
 		f.put(d.ID, api.FormatSize(d.Size)+replicaText(a, d.Replicas))
+		f.put("", placesText(d.Places))
 	}
 	for _, n := range vm.NICs {
 		f.put(n.ID, n.Bridge+" · "+n.MAC)

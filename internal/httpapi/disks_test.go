@@ -32,12 +32,12 @@ func TestDisks(t *testing.T) {
 	if err != nil || d.Size != 2<<30 || d.Slot != 17 {
 		t.Fatalf("%+v, %v", d, err)
 	}
-	must(c.ReplaceDisk(ctx, "web", "data", api.ReplaceDisk{Host: "hostb"}))
+	must(c.ReplaceDisk(ctx, "web", "data", api.ReplaceDisk{Host: "hostb", Path: "/srv/web.raw", Overwrite: true}))
 	must(c.DetachDisk(ctx, "web", "data", api.DetachDisk{Delete: true}))
 	if l, err = c.Disks(ctx, "web"); err != nil || len(l) != 1 {
 		t.Fatalf("%+v, %v", l, err)
 	}
-	for _, want := range []string{"DetachDisk web data {Delete:true}", "ReplaceDisk web data {Host:hostb}", "ResizeDisk web data {Size:2147483648}"} {
+	for _, want := range []string{"DetachDisk web data {Delete:true}", "ReplaceDisk web data {Host:hostb Path:/srv/web.raw Overwrite:true}", "ResizeDisk web data {Size:2147483648}"} {
 		found := false
 		for _, call := range f.Calls {
 			found = found || call == want

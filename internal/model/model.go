@@ -178,20 +178,23 @@ type Blob struct {
 // VMSpec is everything that decides which virtual machine a guest sees. Both
 // hosts build the same guest from it: machine type and CPU model are pinned.
 type VMSpec struct {
-	Name    string     `json:"name"`
-	UUID    string     `json:"uuid"`
-	Level   Level      `json:"level"`
-	VCPUs   int        `json:"vcpus"`
-	Memory  int64      `json:"memory"` // bytes, a multiple of 2 MiB
-	Disks   []DiskSpec `json:"disks"`
-	NICs    []NICSpec  `json:"nics"`
-	Kernel  *Blob      `json:"kernel,omitempty"`
-	Initrd  *Blob      `json:"initrd,omitempty"`
-	Append  string     `json:"append,omitempty"`
-	UEFI    bool       `json:"uefi,omitempty"`
-	VNC     bool       `json:"vnc,omitempty"` // virtio-gpu with VNC; else no display
-	Machine string     `json:"machine"`       // versioned machine type, e.g. pc-i440fx-7.2
-	CPU     string     `json:"cpu"`           // QEMU CPU model with flags
+	Name   string     `json:"name"`
+	UUID   string     `json:"uuid"`
+	Level  Level      `json:"level"`
+	VCPUs  int        `json:"vcpus"`
+	Memory int64      `json:"memory"` // bytes, a multiple of 2 MiB
+	Disks  []DiskSpec `json:"disks"`
+	// Places are where replicas lie that are not in the state directory of their host, at
+	// most one for each disk and host.
+	Places  []DiskPlace `json:"places,omitempty"`
+	NICs    []NICSpec   `json:"nics"`
+	Kernel  *Blob       `json:"kernel,omitempty"`
+	Initrd  *Blob       `json:"initrd,omitempty"`
+	Append  string      `json:"append,omitempty"`
+	UEFI    bool        `json:"uefi,omitempty"`
+	VNC     bool        `json:"vnc,omitempty"` // virtio-gpu with VNC; else no display
+	Machine string      `json:"machine"`       // versioned machine type, e.g. pc-i440fx-7.2
+	CPU     string      `json:"cpu"`           // QEMU CPU model with flags
 	// Virtio is the kind of the virtio devices; empty means VirtioLegacy. It is
 	// what the guest sees, so it stays as the VM was made.
 	Virtio Virtio `json:"virtio,omitempty"`

@@ -14,6 +14,7 @@ import (
 	"perdure/internal/blockstore"
 	"perdure/internal/mirror"
 	"perdure/internal/model"
+	"perdure/internal/replica"
 	"perdure/internal/shimapi"
 	"perdure/internal/vfs"
 )
@@ -50,11 +51,12 @@ type diskCarrier struct {
 	healed  map[int]time.Time // and was last filled because it answered again
 	filling map[int]*model.Progress
 	begun   map[int]time.Time
+	gauges  map[int]*replica.Gauge // of what is filled
 }
 
 // newCarrier makes p the owner of its instance's mirror.
 func newCarrier(p *primary) *diskCarrier {
-	c := &diskCarrier{p: p, news: make(chan func(), 64), why: map[int]error{}, filling: map[int]*model.Progress{}, begun: map[int]time.Time{},
+	c := &diskCarrier{p: p, news: make(chan func(), 64), why: map[int]error{}, filling: map[int]*model.Progress{}, begun: map[int]time.Time{}, gauges: map[int]*replica.Gauge{},
 		silent: map[int]time.Time{}, healed: map[int]time.Time{}}
 	p.goWork(func() {
 		for {
@@ -329,8 +331,12 @@ func (i *instance) diskFS(id string) vfs.FS {
 
 // replaceDisk makes the replica of a carried disk anew and fills it from the
 // secondary. It returns when the new one is open; the rest is told by events.
-func (p *primary) replaceDisk(id string) (string, error) {
-	n := -1
+func (p *primary) replaceDisk(value string) (string, error) {
+	at, err := shimapi.ParseReplaceDisk(value)
+	if err != nil {
+		return "", err
+	}
+	id, n := at.Disk, -1
 	for k, d := range p.s.cfg.Spec.Disks {
 		if d.ID == id {
 			n = k
@@ -347,6 +353,7 @@ func (p *primary) replaceDisk(id string) (string, error) {
 	why, busy, granted := c.why[n], c.filling[n] != nil, c.granted
 	if why != nil && !busy && granted {
 		c.filling[n], c.begun[n] = &model.Progress{What: "disk " + id, Total: p.s.cfg.Spec.Disks[n].Size, ETASeconds: -1}, time.Now()
+		c.gauges[n] = replica.NewGauge(0, c.filling[n].Total)
 	}
 	c.mu.Unlock()
 	switch {
@@ -358,7 +365,7 @@ func (p *primary) replaceDisk(id string) (string, error) {
 		// Until then it may be all that is left of what was written.
 		return "", fmt.Errorf("the cluster has not noted yet that the replica of disk %s on host %s has failed: bring a majority of the voters back first", id, p.s.cfg.Host)
 	}
-	st, err := c.freshStore(n)
+	st, err := c.freshStore(n, at)
 	if err != nil {
 		c.endFilling(n)
 		return "", err
@@ -375,23 +382,36 @@ func (c *diskCarrier) endFilling(n int) {
 }
 
 // freshStore takes away what is left of a failed replica and makes an empty one,
-// which says that it is Inconsistent until it is filled.
-func (c *diskCarrier) freshStore(n int) (_ *blockstore.Store, err error) {
+// which says that it is Inconsistent until it is filled. Without a place it is made where the old one was.
+func (c *diskCarrier) freshStore(n int, at shimapi.ReplaceDisk) (_ *blockstore.Store, err error) {
 	p, i := c.p, c.p.inst
 	d, dir := p.s.cfg.Spec.Disks[n], filepath.Join(p.s.cfg.Dir, shimapi.DiskDir)
 	old := i.store(n)
 	old.GiveUp(errors.New("it is replaced"))
 	closed := make(chan struct{})
 	go func() { _ = old.Close(); close(closed) }() // a device that does not answer is not waited for
+	answers := false
 	select {
 	case <-closed:
+		answers = true
 	case <-time.After(2 * time.Second):
 	}
+	if m := old.Meta(); at.Path == "" {
+		at.Path, at.Device = m.Image, m.Device
+	}
 	fsys, opts := storageOf(i.cfg)
-	if err := blockstore.Remove(fsys, dir, d.ID); err != nil {
+	drop := blockstore.Remove
+	if !answers {
+		drop = blockstore.Abandon
+	}
+	params := blockstore.Params{ID: d.ID, VM: p.s.cfg.Spec.UUID, Size: d.Size, State: model.Inconsistent}
+	if at.Path != "" && at.Path != model.StatePlace {
+		params.Image, params.Device, params.Host = at.Path, at.Device, p.s.cfg.Host
+	}
+	if err := drop(fsys, dir, d.ID); err != nil {
 		return nil, err
 	}
-	err = blockstore.Create(fsys, dir, blockstore.Params{ID: d.ID, VM: p.s.cfg.Spec.UUID, Size: d.Size, State: model.Inconsistent, Device: old.Meta().Image})
+	err = blockstore.Create(fsys, dir, params)
 	if err != nil {
 		return nil, err
 	}
@@ -476,9 +496,9 @@ func (c *diskCarrier) progress(n int, done int64) {
 	defer c.mu.Unlock()
 	if f := c.filling[n]; f != nil {
 		f.Done = max(f.Done, done)
-		if sec := time.Since(c.begun[n]).Seconds(); sec > 0.2 {
-			f.ETASeconds = sec * float64(f.Total-f.Done) / float64(f.Done)
-		}
+		g := c.gauges[n]
+		g.At(time.Since(c.begun[n]), f.Total-f.Done)
+		f.ETASeconds, f.Rate = g.ETA(), g.Rate()
 	}
 }
 

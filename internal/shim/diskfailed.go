@@ -14,7 +14,7 @@ import (
 // until somebody replaces it. A full one heals by itself.
 func diskTrouble(err error) bool {
 	for _, e := range []error{syscall.EIO, syscall.ENXIO, syscall.ENODEV, syscall.EROFS, syscall.ESTALE, syscall.EREMOTEIO,
-		syscall.ETIMEDOUT, syscall.EBADMSG, syscall.EUCLEAN, blockstore.ErrCorrupt, blockstore.ErrChecksum} {
+		syscall.ETIMEDOUT, syscall.EBADMSG, syscall.EUCLEAN, blockstore.ErrCorrupt, blockstore.ErrChecksum, blockstore.ErrImage} {
 		if errors.Is(err, e) {
 			return true
 		}

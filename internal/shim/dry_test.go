@@ -534,7 +534,11 @@ func (w *dry) untilDuplex(d time.Duration) model.Record {
 
 // image reads a replica's image as it is.
 func (h *dryHost) image() ([]byte, error) {
-	f, err := h.disk().OpenRead(filepath.Join(h.dir, shimapi.DiskDir, "disk0.raw"))
+	path := filepath.Join(h.dir, shimapi.DiskDir, "disk0.raw")
+	if m, _, err := blockstore.Peek(h.disk(), filepath.Join(h.dir, shimapi.DiskDir), "disk0"); err == nil && m.Image != "" {
+		path = m.Image
+	}
+	f, err := h.disk().OpenRead(path)
 	if err != nil {
 		return nil, err
 	}

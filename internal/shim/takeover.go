@@ -239,5 +239,8 @@ func makeReplica(cfg shimapi.Config, d model.DiskSpec) error {
 	if have {
 		return nil
 	}
+	if at, ok := cfg.Spec.Place(d.ID, cfg.Host); ok {
+		return fmt.Errorf("disk %s: its replica at %s is not made yet, which is the agent's to do: it looks at the path first", d.ID, at.Path)
+	}
 	return blockstore.Create(fsys, dir, blockstore.Params{ID: d.ID, VM: cfg.Spec.UUID, Size: d.Size, State: model.Inconsistent})
 }

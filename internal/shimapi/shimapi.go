@@ -126,7 +126,7 @@ type Op struct {
 	// (of a standby: load its newest state in a scratch QEMU now; with Value
 	// "next" the one after the last that was tried so, which holds the primary
 	// back meanwhile), "disk-replace" (of a primary of level ca: make the failed
-	// replica of the disk with the id Value anew here and fill it from the secondary's),
+	// replica of a disk anew here and fill it from the secondary's; Value: the disk's id, or ReplaceDisk as JSON),
 	// "verify" (of a running primary; Value: VerifyOptions as JSON), "verify-stop",
 	// "level" (change the level of the running guest to Value: accepted, then
 	// followed by Status.Change), "level-cancel",

@@ -36,8 +36,7 @@ func (OS) OpenLocked(path string) (File, error) {
 		return nil, err
 	}
 	flags := os.O_RDWR
-	device := st.Mode()&(fs.ModeDevice|fs.ModeCharDevice) == fs.ModeDevice
-	if device {
+	if isDevice(st) {
 		flags |= os.O_EXCL
 	}
 	f, err := os.OpenFile(path, flags, 0)
@@ -210,4 +209,17 @@ func (o osFile) Size() (int64, error) {
 // Drop implements Dropper.
 func (o osFile) Drop(off, n int64) error {
 	return o.control("drop cache of", func(fd int) error { return unix.Fadvise(fd, off, n, unix.FADV_DONTNEED) })
+}
+
+// IsDevice reports whether a path leads to a block device; false for one that is not there.
+func (OS) IsDevice(path string) (bool, error) {
+	st, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil && isDevice(st), err
+}
+
+func isDevice(st fs.FileInfo) bool {
+	return st.Mode()&(fs.ModeDevice|fs.ModeCharDevice) == fs.ModeDevice
 }

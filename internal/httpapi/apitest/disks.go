@@ -1,8 +1,10 @@
 package apitest
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -39,8 +41,21 @@ func (f *Fake) Disks(_ context.Context, name string) ([]api.VMDisk, error) {
 	return out, nil
 }
 
+// placed has a replica lie at a path.
+func placed(d api.Disk, host, path string) api.Disk {
+	d.Places = maps.Clone(d.Places)
+	if d.Places == nil {
+		d.Places = map[string]string{}
+	}
+	d.Places[host] = path
+	if path == model.StatePlace {
+		delete(d.Places, host)
+	}
+	return d
+}
+
 func fakeDisk(vm *api.VM, i int, d api.Disk) api.VMDisk {
-	v := api.VMDisk{VM: vm.Name, ID: d.ID, Size: d.Size, Slot: 16 + i, Level: vm.Level, Mode: vm.Mode, Primary: vm.Primary, Behind: -1, Sync: vm.Sync, Problems: vm.Problems}
+	v := api.VMDisk{VM: vm.Name, ID: d.ID, Size: d.Size, Slot: 16 + i, Level: vm.Level, Mode: vm.Mode, Primary: vm.Primary, Places: d.Places, Behind: -1, Sync: vm.Sync, Problems: vm.Problems}
 	if vm.Mode == model.ModeDuplex {
 		v.Behind = 0
 	}
@@ -51,6 +66,9 @@ func fakeDisk(vm *api.VM, i int, d api.Disk) api.VMDisk {
 		}
 		r := api.DiskReplica{Host: host, Role: "spare", State: st, Answers: true, Exists: true, Path: "/var/lib/perdure/vms/" + vm.Name + "/disks/" + d.ID + ".raw",
 			Size: d.Size, Allocated: d.Size / 4, OwnState: st, Term: vm.Term, Line: "7//0123456789abcdef", Checksums: "complete", ActiveLog: 8 << 20}
+		if p := d.Places[host]; p != "" {
+			r.Path, r.Place, r.Device = p, p, strings.HasPrefix(p, "/dev/")
+		}
 		switch host {
 		case vm.Primary:
 			r.Role = "primary"
@@ -103,7 +121,11 @@ func (f *Fake) AttachDisk(_ context.Context, name string, req api.AttachDisk) (a
 		if size == 0 {
 			size = 1 << 30
 		}
-		vm.Disks = append(vm.Disks, api.Disk{ID: id, Size: size, Replicas: map[string]model.ReplicaState{"hosta": model.UpToDate}})
+		d := api.Disk{ID: id, Size: size, Replicas: map[string]model.ReplicaState{"hosta": model.UpToDate}}
+		for h, p := range req.Paths {
+			d = placed(d, cmp.Or(h, "hosta"), p)
+		}
+		vm.Disks = append(vm.Disks, d)
 		return nil
 	})
 }
@@ -136,5 +158,10 @@ func (f *Fake) ResizeDisk(_ context.Context, name, disk string, req api.ResizeDi
 
 // ReplaceDisk implements httpapi.Service.
 func (f *Fake) ReplaceDisk(_ context.Context, name, disk string, req api.ReplaceDisk) (api.Operation, error) {
-	return f.diskOp("ReplaceDisk", "replace", name, disk, req, func(*api.VM, int) error { return nil })
+	return f.diskOp("ReplaceDisk", "replace", name, disk, req, func(vm *api.VM, at int) error {
+		if req.Path != "" {
+			vm.Disks[at] = placed(vm.Disks[at], cmp.Or(req.Host, vm.Secondary), req.Path)
+		}
+		return nil
+	})
 }

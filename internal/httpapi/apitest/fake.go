@@ -6,6 +6,7 @@ package apitest
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -277,7 +278,11 @@ func (f *Fake) create(req api.CreateVM, host string) error {
 			}
 			size = max(size, 8<<20)
 		}
-		spec.Disks = append(spec.Disks, model.DiskSpec{ID: fmt.Sprintf("disk%d", i), Size: size})
+		id := fmt.Sprintf("disk%d", i)
+		spec.Disks = append(spec.Disks, model.DiskSpec{ID: id, Size: size})
+		for h, p := range d.Paths {
+			spec.Places = append(spec.Places, model.DiskPlace{Disk: id, Host: cmp.Or(h, host), Path: p, Overwrite: d.Overwrite})
+		}
 	}
 	for i, n := range req.NICs {
 		if n.MAC == "" {
