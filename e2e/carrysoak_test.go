@@ -131,3 +131,32 @@ func TestSoakDiskFailsFT(t *testing.T) {
 	tr.Flow(20)
 	tr.Check(0, "a", "b")
 }
+
+// TestSoakDiskStandsFT: at level ft a disk of the primary's host that does not answer is not
+// taken for a slow secondary: the VM goes on there.
+func TestSoakDiskStandsFT(t *testing.T) {
+	w := Start(t)
+	v := w.DefineVM(VMOptions{Disks: []string{"128M"}})
+	v.ownDisk("a", true)
+	w.Perdure("a", "vm", "start", v.Name)
+	v.Within(4*time.Minute, "clock")
+	v.Wait("state=running,mode=duplex,primary=a", 2*time.Minute)
+	boot := v.Boot()
+	log := v.Log(0)
+	w.must(log.WaitAcked(w.Ctx, 50), "log")
+	w.on("a", "mount --bind "+v.diskDir("a")+" /mnt && fsfreeze -f /mnt")
+	defer w.on("a", "fsfreeze -u /mnt; umount -l /mnt")
+	w.Never(15*time.Second, "the good copy dropped", func() error {
+		if m := v.Show().Mode; m != model.ModeDuplex {
+			return fmt.Errorf("mode %s", m)
+		}
+		return nil
+	})
+	v.Wait("state=running,primary=b", 40*time.Second)
+	w.must(log.WaitAcked(w.Ctx, 50), "log on the other host")
+	if again := v.Boot(); again != boot {
+		t.Errorf("the guest was booted: %s, then %s", boot, again)
+	}
+	log.Stop()
+	v.judge(log)
+}
