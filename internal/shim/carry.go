@@ -269,6 +269,34 @@ func (c *diskCarrier) watchDisks() {
 	}
 }
 
+// standingDisk names a disk of this host in which an operation has been under way for limit; "": none.
+func (i *instance) standingDisk(limit time.Duration) string {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for id, w := range i.watches {
+		if w.Oldest() >= limit {
+			return id
+		}
+	}
+	return ""
+}
+
+// standingTooLong is how long an operation of a local disk may be under way when somebody
+// asks for the second copy to be given up: the disk may be about to fail.
+var standingTooLong = 5 * time.Second
+
+// mayLeave refuses to give the second copy up while a disk of this host does not answer.
+func (s *Shim) mayLeave() error {
+	p := s.primary()
+	if p == nil || !s.isDuplex() {
+		return nil
+	}
+	if id := p.inst.standingDisk(standingTooLong); id != "" {
+		return fmt.Errorf("disk %s of this host has not answered for more than %v: the copy on host %s may be all that is good; wait until it answers or has failed", id, standingTooLong, s.peerHost())
+	}
+	return nil
+}
+
 // heal has a disk filled anew that did not answer once and does again.
 func (c *diskCarrier) heal(n int, id string, w *vfs.Watch) {
 	now := time.Now()

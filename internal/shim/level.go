@@ -153,7 +153,7 @@ func (s *Shim) changeLevel(ctx context.Context, to model.Level) (string, error) 
 		return "", err
 	}
 	if err = p.ask(ctx, p.standsRight); err == nil {
-		err = c.movable(ctx, p)
+		err = errors.Join(s.mayLeave(), c.movable(ctx, p))
 	}
 	if err != nil {
 		cancel(nil)

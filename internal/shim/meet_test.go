@@ -383,3 +383,50 @@ func TestDiskThatStands(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestNoLeavingWithADiskThatStands: who gives the second copy up for a moment, to change disks or level,
+// does not do so while the disk of this host is not answering: it would be the only one.
+func TestNoLeavingWithADiskThatStands(t *testing.T) {
+	d := standingTooLong
+	t.Cleanup(func() { standingTooLong = d })
+	standingTooLong = 50 * time.Millisecond
+	w := newDry(t, false)
+	f := &dryFaults{t: t, w: w, l: newDryLoad(w, 7), r: rand.New(rand.NewPCG(7, 7))}
+	w.untilDuplex(30 * time.Second)
+	f.l.begin()
+	defer func() { f.l.end() }()
+	if err := f.l.progress(50, 30*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	h := f.seat(true)
+	hit, release := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	free := sync.OnceFunc(func() { close(release) })
+	defer free()
+	h.mem.SetHook(func(op vfs.Op) error {
+		if changes(op) {
+			once.Do(func() { close(hit) })
+			<-release
+		}
+		return nil
+	})
+	<-hit
+	time.Sleep(2 * standingTooLong)
+	for _, op := range []shimapi.Op{{Op: "unprotect"}, {Op: "level", Value: "none"}} {
+		if _, err := h.ask(op); err == nil || !strings.Contains(err.Error(), "disk0") {
+			t.Errorf("%s while the disk does not answer: %v", op.Op, err)
+		}
+	}
+	if rec := w.store.get().Record; rec.Mode != model.ModeDuplex {
+		t.Errorf("the VM is %s", rec.Mode)
+	}
+	h.mem.SetHook(nil)
+	free()
+	if err := f.l.progress(50, 30*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.ask(shimapi.Op{Op: "unprotect"}); err != nil {
+		t.Errorf("when it answers again: %v", err)
+	}
+	f.recover()
+}

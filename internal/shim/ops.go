@@ -36,6 +36,9 @@ func (s *Shim) do(ctx context.Context, op shimapi.Op) (string, error) {
 		}
 		return "filling host " + op.Host, s.ask(ctx, authority.EvProtect{Host: op.Host})
 	case "unprotect":
+		if err := s.mayLeave(); err != nil {
+			return "", err
+		}
 		return "", s.ask(ctx, authority.EvUnprotect{Reason: "asked for"})
 	case "survivor":
 		return "", s.ask(ctx, authority.EvSurvivor{On: op.Value == "on", Confirmed: op.Value == "on"})

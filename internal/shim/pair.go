@@ -380,14 +380,7 @@ func (pr *pair) ownDisk() string {
 	if waits < stallLimit {
 		return ""
 	}
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	for id, w := range i.watches {
-		if w.Oldest() >= stallLimit {
-			return id
-		}
-	}
-	return ""
+	return i.standingDisk(stallLimit)
 }
 
 // send registers a captured epoch and queues it. The runner calls it.
