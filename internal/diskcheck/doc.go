@@ -15,6 +15,9 @@
 // answered, and that somebody had read, must not be undone, except by PowerLost or
 // TakenOver.
 //
+// A guest whose memory is checkpointed goes back in time together with its disk: Mark,
+// RollBack and what is beside them in rollback.go are for that.
+//
 // # Concurrency
 //
 // A Run may be loaded by several goroutines and over several connections at

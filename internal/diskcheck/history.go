@@ -30,6 +30,7 @@ type entry struct {
 	value     uint64
 	call, ret int64 // nanoseconds since the beginning of the Run
 	durable   bool  // a write with FUA that was answered
+	calm      bool  // an answered write that needs not be known to be durable or not, see settled
 	maybe     bool  // a write that happened between call and ret, or never
 	moves     int   // how often the disk had been taken over when it was called
 }
@@ -75,7 +76,7 @@ var model = porcupine.Model{
 			switch {
 			case e.maybe:
 				return true, register{with(s.now, e.value), with(s.moved, e.value), with(s.later, e.value)}
-			case e.durable:
+			case e.durable || e.calm:
 				return true, register{now, now, now}
 			case e.ret == never:
 				return true, register{now, with(s.moved, e.value), with(s.later, e.value)}
@@ -146,8 +147,40 @@ func judge(h []entry, deadline time.Time) porcupine.CheckResult {
 	return porcupine.CheckOperationsTimeout(model, ops, max(time.Until(deadline), time.Millisecond))
 }
 
-// history of one unit, by call, without what cannot matter: flushes where no
-// power was lost, and unanswered writes whose value nobody has seen. What was not
+// lastFlushes are those that no other one follows before the power is lost: what an
+// earlier one made durable, a later one does as well.
+func (r *Run) lastFlushes() (out []entry) {
+	from := int64(math.MinInt64)
+	for _, l := range r.losses { // in their order
+		newest := int64(math.MinInt64) // when the last one began
+		for _, f := range r.flushes {
+			if f.call >= from && f.ret <= l.call {
+				newest = max(newest, f.call)
+			}
+		}
+		for _, f := range r.flushes {
+			if f.call >= from && f.ret <= l.call && f.ret >= newest {
+				out = append(out, f)
+			}
+		}
+		from = l.call
+	}
+	return out
+}
+
+// settled reports whether it is of no interest if a write that was answered was
+// durable before: no power was lost afterwards, or there was a flush in between.
+func (r *Run) settled(w entry, flushes []entry) bool {
+	for _, l := range r.losses {
+		if l.ret >= w.call {
+			return slices.ContainsFunc(flushes, func(f entry) bool { return f.call > w.ret && f.ret <= l.call })
+		}
+	}
+	return true
+}
+
+// history of one unit, by call, without what cannot matter: flushes but
+// the last before the power was lost, and unanswered writes whose value nobody has seen. What was not
 // answered before the disk was taken over cannot happen afterwards.
 func (r *Run) history(u int) []entry {
 	seen := map[uint64]int64{} // when a value was read last
@@ -165,10 +198,12 @@ func (r *Run) history(u int) []entry {
 			h = append(h, e)
 		}
 	}
-	h = append(h, r.moves...)
-	if len(r.losses) > 0 {
-		h = append(append(h, r.flushes...), r.losses...)
+	flushes := r.lastFlushes()
+	for i := range h {
+		h[i].calm = h[i].kind == writeOf && h[i].ret != never && !h[i].maybe && r.settled(h[i], flushes)
 	}
+	h = append(h, r.moves...)
+	h = append(append(h, flushes...), r.losses...)
 	slices.SortStableFunc(h, func(a, b entry) int { return int(min(max(a.call-b.call, -1), 1)) })
 	return h
 }

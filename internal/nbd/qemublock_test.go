@@ -23,6 +23,8 @@ type daemon struct {
 	cmd *exec.Cmd
 	in  *json.Encoder
 	out *bufio.Scanner
+
+	early []map[string]any // events that came before the answer to a command
 }
 
 func startDaemon(t *testing.T, args ...string) *daemon {
@@ -84,6 +86,7 @@ func (d *daemon) do(command string, args any) any {
 		if r, ok := m["return"]; ok {
 			return r
 		}
+		d.early = append(d.early, m)
 	}
 }
 
@@ -91,7 +94,13 @@ func (d *daemon) do(command string, args any) any {
 func (d *daemon) wait(event string) map[string]any {
 	d.t.Helper()
 	for {
-		if m := d.next(); m["event"] == event {
+		var m map[string]any
+		if len(d.early) > 0 {
+			m, d.early = d.early[0], d.early[1:]
+		} else {
+			m = d.next()
+		}
+		if m["event"] == event {
 			data, _ := m["data"].(map[string]any)
 			return data
 		}

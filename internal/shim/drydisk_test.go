@@ -169,7 +169,7 @@ func (l *dryLoad) each(d time.Duration, f func(ctx context.Context, r *diskcheck
 
 // settle checks what the guest was told up to now, while it does nothing.
 func (l *dryLoad) settle() error {
-	return l.each(time.Minute, func(ctx context.Context, r *diskcheck.Run) error { return r.Settle(ctx, 10*time.Second) })
+	return l.each(2*time.Minute, func(ctx context.Context, r *diskcheck.Run) error { return r.Settle(ctx, 30*time.Second) })
 }
 
 // dryFault breaks something while the guest works, and mends it before it returns.
