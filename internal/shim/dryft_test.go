@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"perdure/internal/model"
+	"perdure/internal/vfs"
 )
 
 // TestFTDiskUnderFaults is the disk of a VM of level ft, whose guest goes back to
@@ -134,4 +135,57 @@ func TestFTFlushAtAStop(t *testing.T) {
 	if !bytes.Equal(got, data) {
 		t.Error("what was flushed before it was told is gone")
 	}
+}
+
+// TestFTEpochsLargerThanTheActivityLog: a takeover applies an epoch that touches
+// more extents than the activity log holds, though nobody reports any more what is
+// durable elsewhere. The primary ends while the secondary waits for that.
+func TestFTEpochsLargerThanTheActivityLog(t *testing.T) {
+	w := newDryAt(t, model.LevelFT, false, drySize, dryOptions())
+	w.begin()
+	for round := range 2 {
+		w.untilDuplex(30 * time.Second)
+		if err := w.guest.committed(20 * time.Second); err != nil {
+			t.Fatal(err)
+		}
+		p := w.hosts[w.store.get().Record.Primary.Host]
+		p.mu.Lock()
+		mem := p.mem
+		p.mu.Unlock()
+		goOn := make(chan struct{})
+		mem.SetHook(func(op vfs.Op) error {
+			if op.Kind == "sync" {
+				<-goOn // nothing becomes durable, so nothing is reported
+			}
+			return nil
+		})
+		d := w.rawDisk()
+		for extent := int64(0); extent < drySize>>22; extent++ {
+			if err := d.do(1, extent<<22, bytes.Repeat([]byte{byte(round + 1)}, 4096)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s := p.other().now().shim
+		for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+			s.mu.Lock()
+			inst := s.inst
+			s.mu.Unlock()
+			if inst.stores[0].PeerAwaited() {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatal("the secondary does not wait for a report: this test shows nothing")
+			}
+		}
+		p.now().silence()
+		w.allLinks(func(l *dryLink) { l.set(func() { l.hole = true }) })
+		close(goOn)
+		p.powerOff(true, nil)
+		w.until("takeover", 20*time.Second, func(r model.Record) bool { return r.Primary.Host == p.other().name })
+		if err := w.rawDisk().do(0, 0, make([]byte, 4096)); err != nil { // the guest goes on
+			t.Fatal(err)
+		}
+		p.powerOn()
+	}
+	w.untilDuplex(30 * time.Second)
 }

@@ -114,6 +114,7 @@ func openNoteGate(path string) (noteGate, error) {
 }
 
 func (g noteGate) arm()        { atomic.StoreInt64(&g.note[1], 1) }
+func (g noteGate) disarm()     { atomic.StoreInt64(&g.note[1], 0) }
 func (g noteGate) armed() bool { return atomic.LoadInt64(&g.note[1]) != 0 }
 
 func (g noteGate) Open(_ []string, d time.Duration) error {
