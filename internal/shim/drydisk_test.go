@@ -355,6 +355,19 @@ func dryFaultList() []dryFault {
 			return nil
 		})
 	})...)
+	out = append(out, side("disk stands", func(f *dryFaults, p bool) {
+		release := make(chan struct{})
+		f.disk(p, 100*time.Millisecond, 1500*time.Millisecond, func(op vfs.Op) error {
+			if changes(op) || op.Kind == "sync" {
+				<-release
+			}
+			return nil
+		})
+		if f.some() {
+			f.pause(10*time.Millisecond, 500*time.Millisecond) // a new one works, while requests stand in the old one
+		}
+		close(release)
+	})...)
 	for _, rot := range side("disk rots", func(f *dryFaults, p bool) { f.rot(p) }) {
 		rot.rot = true
 		out = append(out, rot)
@@ -496,6 +509,9 @@ func runDryFaults(t *testing.T, level model.Level, seed uint64, d time.Duration)
 		seed = uint64(time.Now().UnixNano())
 	}
 	t.Logf("seed %d", seed)
+	limit := stallLimit
+	t.Cleanup(func() { stallLimit = limit }) // when the world has ended
+	stallLimit = time.Second
 	w := newDryAt(t, level, false, drySize, dryOptions())
 	f := &dryFaults{t: t, w: w, l: newDryLoad(w, seed), r: rand.New(rand.NewPCG(seed, 11))}
 	w.untilDuplex(30 * time.Second)
