@@ -33,7 +33,7 @@ const placeWait = 20 * time.Second
 
 // passing is how long something may have a file or device open in passing: udev looks at each device
 // that was written to, and a process that is about to start another one shares its files with it.
-const passing = time.Second
+const passing = 500 * time.Millisecond
 
 // placeAsk is a path to be looked at.
 type placeAsk struct {
@@ -148,7 +148,7 @@ func (a *Agent) lookAtPlace(ask placeAsk) (placeFound, error) {
 		return found, err
 	}
 	err = inUse(s, own)
-	for end := time.Now().Add(passing); err != nil && time.Now().Before(end); err = inUse(s, own) {
+	for end := time.Now().Add(passing); errors.Is(err, errOpen) && time.Now().Before(end); err = inUse(s, own) {
 		time.Sleep(passing / 10)
 	}
 	if err != nil {
