@@ -99,6 +99,9 @@ func (a *Agent) replacePlace(ctx context.Context, v clusterstore.VMView, disk, h
 	case to.path == "":
 		to.path = model.StatePlace
 	}
+	if to.path != model.StatePlace {
+		to.path = filepath.Clean(to.path)
+	}
 	if to.path == model.StatePlace {
 		to.change = placed
 		return to, nil

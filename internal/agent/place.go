@@ -31,6 +31,10 @@ import (
 // placeWait bounds a look at a path: a device may not answer.
 const placeWait = 20 * time.Second
 
+// passing is how long something may have a file or device open in passing: udev looks at each device
+// that was written to, and a process that is about to start another one shares its files with it.
+const passing = 500 * time.Millisecond
+
 // placeAsk is a path to be looked at.
 type placeAsk struct {
 	VM        string   `json:"vm"`
@@ -143,7 +147,11 @@ func (a *Agent) lookAtPlace(ask placeAsk) (placeFound, error) {
 	if err != nil {
 		return found, err
 	}
-	if err := inUse(s, own); err != nil {
+	err = inUse(s, own)
+	for end := time.Now().Add(passing); errors.Is(err, errOpen) && time.Now().Before(end); err = inUse(s, own) {
+		time.Sleep(passing / 10)
+	}
+	if err != nil {
 		return found, placeError(ask, "%w", err).WithAction("nothing was changed; give a path that nothing else uses")
 	}
 	if err := fits(ask, s, own); err != nil {
@@ -323,6 +331,11 @@ func (a *Agent) claimed(ask placeAsk, s spot) error {
 // stampAt reports whether the stamp of this very replica is there. That of
 // another one is refused: its data may be the last of their kind.
 func (a *Agent) stampAt(ask placeAsk, s spot) (own bool, err error) {
+	// A device that was made longer since has the stamp where its metadata say.
+	dir := a.vmFile(ask.VM, shimapi.DiskDir)
+	if m, err := blockstore.ReadMeta(vfs.OS{}, dir, ask.Disk); err == nil && m.VM == ask.UUID && m.Image == s.path && blockstore.CheckImage(vfs.OS{}, dir, ask.Disk) == nil {
+		return true, nil
+	}
 	t, ok, err := blockstore.ProbeStamp(vfs.OS{}, s.real)
 	switch {
 	case errors.Is(err, blockstore.ErrVersion):
@@ -343,7 +356,7 @@ func (a *Agent) stampAt(ask placeAsk, s spot) (own bool, err error) {
 		}
 	}
 	return false, placeError(ask, "it holds the replica of disk %s of VM %s (host %s) by the stamp at its end; it is not written over", t.Disk, whose, t.Host).
-		WithAction("detach that disk where it is in use; where it is not needed any more, clear the last 8 KiB of %s", s.path)
+		WithAction("detach that disk where it is in use; where it is not needed any more, remove the file, or clear the last 8 KiB of the device (%s)", s.path)
 }
 
 // imageMagic are the beginnings of disk images that are not raw.

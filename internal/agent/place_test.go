@@ -222,6 +222,22 @@ func TestPlaces(t *testing.T) {
 	check(a.replaceAt("v1", "disk0", api.ReplaceDisk{Host: "b", Overwrite: true}))
 	again()
 
+	// The device becomes longer: the replica is known although its stamp is not at the end, and can grow.
+	check(os.Truncate(back, 8<<20))
+	check(exec.Command("losetup", "-c", dev).Run())
+	check(a.replaceAt("v1", "disk0", api.ReplaceDisk{Host: "b"}))
+	again()
+	check(os.Truncate(back, 12<<20))
+	check(exec.Command("losetup", "-c", dev).Run())
+	check(a.replaceAt("v1", "disk0", api.ReplaceDisk{Host: "b", Path: dev + "/../" + filepath.Base(dev)}))
+	again()
+	check(a.resize("v1", "disk0", 6<<20))
+	again()
+	rep, err := blockstore.Inspect(vfs.OS{}, filepath.Join(b.cfg.VMDir("v1"), shimapi.DiskDir, "disk0"))
+	if err != nil || rep.Meta.Size != 6<<20 || rep.Image != dev || len(rep.Problems) > 0 {
+		t.Errorf("%+v %v", rep, err)
+	}
+
 	check(a.ag.StopVM(t.Context(), "v1"))
 	a.await("v1", "stopped", func(r model.Record) bool { return r.Mode == model.ModeStopped })
 	check(a.replaceAt("v1", "disk0", api.ReplaceDisk{Host: "b", Path: file}))

@@ -15,6 +15,9 @@ import (
 // Who uses a file or a block device. The kernel's exclusive claim (O_EXCL) decides about
 // devices; the rest finds words for it, and what claims nothing.
 
+// errOpen says that somebody has a file or device open, which may be in passing.
+var errOpen = errors.New("it is in use")
+
 // inUse says by what a file or device is in use. own: it is the replica's own image,
 // which the VM's shim may have open.
 func inUse(s spot, own bool) error {
@@ -48,7 +51,7 @@ func inUse(s spot, own bool) error {
 	fd, err := unix.Open(s.real, unix.O_RDWR|unix.O_EXCL|unix.O_CLOEXEC, 0)
 	switch {
 	case errors.Is(err, unix.EBUSY):
-		return errors.New("the device is in use: the kernel says that something has claimed it (a mount, LVM, RAID, swap, another program)")
+		return fmt.Errorf("%w: the kernel says that something has claimed the device (a mount, LVM, RAID, swap, another program)", errOpen)
 	case err != nil:
 		return fmt.Errorf("it cannot be opened: %w", err)
 	}
@@ -208,7 +211,7 @@ func openedBy(s spot) error {
 			}
 			if s.device() && st.Mode&unix.S_IFMT == unix.S_IFBLK && st.Rdev == s.st.Rdev || !s.device() && st.Dev == s.st.Dev && st.Ino == s.st.Ino {
 				name, _ := os.ReadFile(p + "/comm") // for people
-				return fmt.Errorf("it is in use: process %d (%s) has it open", pid, strings.TrimSpace(string(name)))
+				return fmt.Errorf("%w: process %d (%s) has it open", errOpen, pid, strings.TrimSpace(string(name)))
 			}
 		}
 	}
