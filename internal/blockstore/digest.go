@@ -11,6 +11,7 @@ import (
 	"github.com/zeebo/xxh3"
 
 	"perdure/internal/model"
+	"perdure/internal/vfs"
 )
 
 // Trust says what a replica's own checksums say of a chunk.
@@ -57,6 +58,18 @@ func (s *Store) Digest(start, end int64, each func(ChunkDigest) error) error {
 	return nil
 }
 
+// prefetchMost is the longest run of chunks worth a word beforehand: the system sees
+// by itself that a longer one is read in sequence.
+const prefetchMost = 16
+
+// Prefetch says that a run of chunks is about to be read. Many short ones far from
+// each other are read at the same time then, and nothing in between. It is a hint.
+func (s *Store) Prefetch(start, end int64) {
+	if p, ok := s.raw.(vfs.Prefetcher); ok && start >= 0 && start < end && end <= s.Chunks() && end-start <= prefetchMost {
+		_ = p.Prefetch(start*ChunkSize, min(end*ChunkSize, s.size)-start*ChunkSize)
+	}
+}
+
 func (s *Store) digestChunk(c int64, buf []byte) (ChunkDigest, error) {
 	off := c * ChunkSize
 	p := buf[:min(ChunkSize, s.size-off)]
@@ -66,7 +79,9 @@ func (s *Store) digestChunk(c int64, buf []byte) (ChunkDigest, error) {
 	l := s.lockBlocks(off, int64(len(p)))
 	defer s.blocks.unlock(l)
 	d := ChunkDigest{Chunk: c}
-	if err := s.readImage(p, off); err != nil {
+	if n, hole, err := s.raw.Extent(off, int64(len(p))); err == nil && hole && n >= int64(len(p)) {
+		clear(p) // where most of a disk are holes, reading them is most of the work
+	} else if err := s.readImage(p, off); err != nil {
 		if !mediumError(err) {
 			return d, err
 		}

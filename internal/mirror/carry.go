@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// Owner is told what becomes of the replicas on this side. Its methods are called
+// Owner is told what becomes of the replicas on this side. Lost and Back are called
 // in the order in which things happen, with a lock held: they must neither block
 // for long nor call the Source.
 type Owner struct {
@@ -23,6 +23,10 @@ type Owner struct {
 	// Back says that every disk has a whole replica here again, and that from now on
 	// nothing is answered that this side does not hold, until Carry(true).
 	Back func()
+	// Pace, where there is one, is told of each piece that Refill has copied, and returns
+	// when the next may come; with an error the refill ends with it. bytes: what of it was
+	// no hole. Unlike the others it is called without a lock, and may take its time.
+	Pace func(ctx context.Context, disk int, bytes int64) error
 }
 
 // local is what this side has of a disk. It does not change; another one takes its place.

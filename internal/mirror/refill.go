@@ -119,7 +119,11 @@ func (e *Export) copyPeer(ctx context.Context, l *local, progress func(int64)) e
 					return
 				}
 				p := buf[:min(fillPiece, e.Size()-off)]
-				if err := e.copyPiece(ctx, l, p, off); err != nil {
+				moved, err := e.copyPiece(ctx, l, p, off)
+				if pace := e.s.owner.Pace; err == nil && pace != nil {
+					err = pace(ctx, int(e.n.Load()), moved)
+				}
+				if err != nil {
 					cancel(err)
 					return
 				}
@@ -131,25 +135,26 @@ func (e *Export) copyPeer(ctx context.Context, l *local, progress func(int64)) e
 	return context.Cause(ctx)
 }
 
-// copyPiece copies a range in which nothing changes meanwhile.
-func (e *Export) copyPiece(ctx context.Context, l *local, p []byte, off int64) error {
+// copyPiece copies a range in which nothing changes meanwhile, and returns how many
+// bytes of it were to be written.
+func (e *Export) copyPiece(ctx context.Context, l *local, p []byte, off int64) (int64, error) {
 	o := e.overlap.Load()
 	held, err := o.lock(ctx, off, off+int64(len(p)))
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer o.unlock(held)
 	if e.local.Load() != l {
-		return fmt.Errorf("the new copy has failed: %w", e.local.Load().err)
+		return 0, fmt.Errorf("the new copy has failed: %w", e.local.Load().err)
 	}
 	if err := e.readPeer(ctx, p, off); err != nil {
-		return fmt.Errorf("read %d bytes at %d: %w", len(p), off, err)
+		return 0, fmt.Errorf("read %d bytes at %d: %w", len(p), off, err)
 	}
 	if len(bytes.TrimLeft(p, "\x00")) > 0 {
-		return l.r.WriteAt(ctx, p, off, false)
+		return int64(len(p)), l.r.WriteAt(ctx, p, off, false)
 	}
 	if n, hole, err := l.r.Extent(ctx, off, int64(len(p))); err == nil && hole && n == int64(len(p)) {
-		return nil
+		return 0, nil
 	}
-	return l.r.Zero(ctx, off, int64(len(p)), false, true)
+	return 0, l.r.Zero(ctx, off, int64(len(p)), false, true)
 }

@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -52,11 +53,12 @@ type diskCarrier struct {
 	filling map[int]*model.Progress
 	begun   map[int]time.Time
 	gauges  map[int]*replica.Gauge // of what is filled
+	paces   map[int]*governor      // likewise
 }
 
 // newCarrier makes p the owner of its instance's mirror.
 func newCarrier(p *primary) *diskCarrier {
-	c := &diskCarrier{p: p, news: make(chan func(), 64), why: map[int]error{}, filling: map[int]*model.Progress{}, begun: map[int]time.Time{}, gauges: map[int]*replica.Gauge{},
+	c := &diskCarrier{p: p, news: make(chan func(), 64), why: map[int]error{}, filling: map[int]*model.Progress{}, begun: map[int]time.Time{}, gauges: map[int]*replica.Gauge{}, paces: map[int]*governor{},
 		silent: map[int]time.Time{}, healed: map[int]time.Time{}}
 	p.goWork(func() {
 		for {
@@ -83,6 +85,13 @@ func (i *instance) ownMirror() {
 			if c := i.carrier.Load(); c != nil {
 				c.tell(func() { c.p.s.post(authority.EvReplicaBack{}) })
 			}
+		},
+		Pace: func(ctx context.Context, n int, bytes int64) error {
+			c := i.carrier.Load()
+			if c == nil {
+				return nil
+			}
+			return c.pace(ctx, n, bytes)
 		},
 	})
 	for n, v := range i.vols {
@@ -467,6 +476,10 @@ func (c *diskCarrier) refill(n int, st *blockstore.Store) {
 		err = st.Wipe() // a device keeps what it held
 	}
 	if err == nil {
+		err = c.beginRefill(n, st)
+	}
+	if err == nil {
+		defer c.paced(n)()
 		err = p.inst.mirror.Refill(p.ctx, n, v, func(done int64) { c.progress(n, done) }, func() error { return c.adopt(n, st, v) })
 	}
 	if err == nil {
@@ -488,6 +501,54 @@ func (c *diskCarrier) refill(n int, st *blockstore.Store) {
 		go func() { _ = st.Close() }() // its space is needed, and it may hang
 	}
 	c.showProblem()
+}
+
+// beginRefill notes, durably, which line the data belongs to that the new replica is
+// about to get. It stays Inconsistent. Is the filling interrupted, the guest goes on
+// on the other host, and this replica becomes the target of a resync from there: what it
+// says then is not believed, but it is a reason to compare digests of everything
+// instead of making it empty, so that only what is missing is sent.
+func (c *diskCarrier) beginRefill(n int, st *blockstore.Store) error {
+	d := c.p.disks
+	d.mu.Lock()
+	line := d.list[n].m.Copy().Current // the secondary's too
+	d.mu.Unlock()
+	c.p.inst.point("refill.begin")
+	err := st.SetMeta(refilled(line))
+	if err != nil {
+		return fmt.Errorf("begin to fill disk %s: %w", c.p.diskID(n), err)
+	}
+	return nil
+}
+
+// refilled is what the metadata of a replica say that is filled with data of a line.
+func refilled(line replica.Generation) func(*blockstore.Meta) {
+	return func(m *blockstore.Meta) {
+		m.State, m.Lineage = model.Inconsistent, replica.Lineage{Current: line, Toward: line}
+	}
+}
+
+// paced makes the filling of a disk yield to the guest's requests, until the
+// function that it returns is called.
+func (c *diskCarrier) paced(n int) (end func()) {
+	g := newGovernor(c.p.inst.latency, 0, 0)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.paces[n] = g
+	return func() {
+		g.close()
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.paces, n)
+	}
+}
+
+// pace waits until a filling may go on by a piece of so many bytes.
+func (c *diskCarrier) pace(ctx context.Context, n int, bytes int64) error {
+	c.mu.Lock()
+	g := c.paces[n]
+	c.mu.Unlock()
+	return g.wait(ctx, bytes)
 }
 
 // adopt makes a filled replica good for use, durably, and this instance's own.

@@ -21,9 +21,9 @@ type resyncRig struct {
 	w  *dry
 	mu sync.Mutex
 	// sent is how many bytes the last copy took, and took how long it was under way.
-	sent  int64
-	began time.Time
-	took  time.Duration
+	sent int64
+	took time.Duration
+	seen int // copies that have ended
 }
 
 func newResyncRig(t *testing.T, size int64) *resyncRig {
@@ -32,6 +32,7 @@ func newResyncRig(t *testing.T, size int64) *resyncRig {
 	r.w.store.seen = r.event
 	r.w.store.mu.Unlock()
 	r.w.untilDuplex(60 * time.Second)
+	r.awaitEnded(1)
 	return r
 }
 
@@ -39,8 +40,6 @@ func (r *resyncRig) event(e model.Event) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch e.Type {
-	case "sync-started":
-		r.began = e.Time
 	case "disk-copied":
 		var disk string
 		var of int64
@@ -48,7 +47,25 @@ func (r *resyncRig) event(e model.Event) {
 			r.t.Errorf("event %q: %v", e.Text, err)
 		}
 	case "synced":
-		r.took = e.Time.Sub(r.began)
+		r.took = time.Duration(e.DurationMS * float64(time.Millisecond))
+		r.seen++
+	}
+}
+
+// ended is how many copies have ended, as far as events have told.
+func (r *resyncRig) ended() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.seen
+}
+
+// awaitEnded waits until so many copies have: events come later than the record.
+func (r *resyncRig) awaitEnded(n int) {
+	r.t.Helper()
+	for end := time.Now().Add(20 * time.Second); r.ended() < n; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			r.t.Fatal("no event tells the end of the resync")
+		}
 	}
 }
 
@@ -65,8 +82,10 @@ func (r *resyncRig) outage(chunks int64) (sent int64, took time.Duration) {
 	}
 	writeChunks(r.t, conn, chunks, r.w.size/blockstore.ChunkSize/chunks)
 	_ = conn.Close()
+	before := r.ended()
 	s.powerOn()
 	r.w.untilDuplex(10 * time.Minute)
+	r.awaitEnded(before + 1)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.sent, r.took

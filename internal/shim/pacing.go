@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"perdure/internal/blockstore"
 	"perdure/internal/replica"
 )
 
@@ -126,3 +127,18 @@ func (g *governor) debt(n int64) time.Duration {
 	g.ios, g.late = ios, late
 	return g.pace.Wait(now, n)
 }
+
+// chunksAtOnce is how many chunks may be read at once, at most most: fewer while the
+// guest is yielded to, since what is read at once on the other host is not paced there.
+func (g *governor) chunksAtOnce(most int) int {
+	if g == nil {
+		return most
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	n := g.pace.Rate() / int64(time.Second/atOnce) / blockstore.ChunkSize
+	return int(min(max(n, 1), int64(most)))
+}
+
+// atOnce is how long what is read at once may take at the pace that is held.
+const atOnce = 50 * time.Millisecond

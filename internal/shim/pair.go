@@ -40,7 +40,8 @@ type pair struct {
 	flushed  chan struct{} // the secondary's copy is durable
 	flushing atomic.Bool   // while that is waited for
 	moved    atomic.Int64  // bytes of the full copy that were sent
-	differ   chan []byte   // the secondary's answers to digests
+	asks     *questions    // to the secondary, what it lacks of the disks
+	oneRun   bool          // it is of the release before: one run of chunks a question
 	governor *governor     // of the copy of disks; the filling's own
 	scrub    *scrubClient  // asks the secondary for verify and read repair
 	whole    atomic.Bool   // the secondary said that it holds everything
@@ -67,7 +68,7 @@ type pair struct {
 
 func newPair(p *primary, host string, term model.Term) *pair {
 	pr := &pair{p: p, host: host, term: term, begun: time.Now(), enc: guestmem.NewEncoder(guestmem.EncoderConfig{SkipUnchanged: true, Size: p.s.cfg.Spec.Memory}),
-		sendQ: make(chan *captured, 2*epoch.MaxInFlight), poke: make(chan struct{}, 1), gate: make(chan struct{}, 1), flushed: make(chan struct{}, 1), differ: make(chan []byte, 1),
+		sendQ: make(chan *captured, 2*epoch.MaxInFlight), poke: make(chan struct{}, 1), gate: make(chan struct{}, 1), flushed: make(chan struct{}, 1), asks: newQuestions(),
 		flights: map[model.Epoch]*captured{}, copied: map[int]int64{}, slow: epoch.NewSlowWatch(2*time.Second, 5*time.Second)}
 	pr.ctx, pr.cancel = context.WithCancel(p.ctx)
 	return pr
@@ -93,6 +94,7 @@ func (s *Shim) run() model.RunID {
 func (pr *pair) adopt(sess *peer.Session, h hello) {
 	pr.mu.Lock()
 	pr.sess, pr.peerRun = sess, h.NextRun
+	pr.oneRun = h.Resync < resyncVersion
 	if h.Scrub >= scrubVersion {
 		pr.scrub = newScrubClient(pr.sendKind)
 	}

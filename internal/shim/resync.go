@@ -1,8 +1,6 @@
 package shim
 
 import (
-	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -17,7 +15,7 @@ import (
 // sumChunks is how many chunks are compared by one message.
 const sumChunks = 256
 
-// sumsHead heads digests of chunks, and the answer to them.
+// sumsHead heads digests of chunks, and the answer to them; see askHead too.
 type sumsHead struct {
 	Disk  uint32
 	Count uint32
@@ -73,11 +71,8 @@ func (pr *pair) takeDisk(m peer.Message) error {
 		return pr.p.disks.sendWords(words, pr.sendKind)
 	case kindDiskMarks:
 		return pr.p.disks.takeMarks(m.Payload)
-	case kindDiskDiffer:
-		select {
-		case pr.differ <- m.Payload:
-		case <-pr.ctx.Done():
-		}
+	case kindDiskDiffer, kindDiskAnswer:
+		return pr.asks.take(m.Kind, m.Payload)
 	}
 	return nil
 }
@@ -154,84 +149,22 @@ func (pr *pair) copyWhole(n int, m *meter, done int64) error {
 // copyMarked sends marked chunks; where the target may hold many of them already,
 // those that its digests show to differ.
 func (pr *pair) copyMarked(n int, marks *bitmap.Bitmap, m *meter, done int64) error {
-	compare, copied := pr.p.disks.compares(n), int64(0)
-	for at := int64(0); ; {
+	if pr.p.disks.compares(n) {
+		return pr.copyDiffering(n, marks, m, done)
+	}
+	buf := make([]byte, blockstore.ChunkSize)
+	for at, copied := int64(0), int64(0); ; {
 		start, end, ok := marks.Next(at, sumChunks)
 		if !ok {
 			return nil
 		}
-		if err := pr.copyRun(n, start, end, compare); err != nil {
-			return err
+		for c := start; c < end; c++ {
+			if err := pr.copyChunk(n, c, buf, blockstore.ChunkSize); err != nil {
+				return err
+			}
 		}
 		at, copied = end, copied+end-start
 		m.at(done + copied*blockstore.ChunkSize)
-	}
-}
-
-func (pr *pair) copyRun(n int, start, end int64, compare bool) error {
-	differs := bytes.Repeat([]byte{1}, int(end-start))
-	if compare {
-		var err error
-		if differs, err = pr.askDiffer(n, start, end); err != nil {
-			return err
-		}
-		if err := pr.governor.wait(pr.ctx, (end-start)*blockstore.ChunkSize); err != nil {
-			return err
-		}
-	}
-	st := pr.p.inst.stores[n]
-	buf := make([]byte, blockstore.ChunkSize)
-	for i, d := range differs {
-		if d == 0 {
-			continue
-		}
-		off := (start + int64(i)) * blockstore.ChunkSize
-		p := buf[:min(blockstore.ChunkSize, st.Size()-off)]
-		if err := pr.governor.wait(pr.ctx, int64(len(p))); err != nil {
-			return err
-		}
-		if err := st.ReadAt(p, off); err != nil {
-			return err
-		}
-		c := diskChunk{Disk: uint32(n), Off: off, Len: uint32(len(p))}
-		if blockstore.IsZero(p) {
-			c.Zero, p = 1, nil
-		}
-		if err := pr.sendChunk(c, p); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// askDiffer sends digests of chunks start … end-1 and returns which of them the
-// target lacks. What the guest writes meanwhile is tracked and sent once more.
-func (pr *pair) askDiffer(n int, start, end int64) ([]byte, error) {
-	var sums []byte
-	err := pr.p.inst.stores[n].Digest(start, end, func(d blockstore.ChunkDigest) error {
-		sums = append(sums, d.Sum[:]...)
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	count := int(end - start)
-	h := sumsHead{Disk: uint32(n), Count: uint32(count), First: start}
-	if err := pr.sendKind(kindDiskSums, pack(h), sums); err != nil {
-		return nil, err
-	}
-	select {
-	case p := <-pr.differ:
-		var got sumsHead
-		head := binary.Size(got)
-		if len(p) != head+count || unpack(p[:head], &got) != nil || got != h {
-			return nil, fmt.Errorf("answer to the digests of %d chunks from %d of disk %d: %d bytes, for %+v", count, start, n, len(p), got)
-		}
-		return p[head:], nil
-	case <-pr.sess.Lost():
-		return nil, pr.sess.Cause()
-	case <-pr.ctx.Done():
-		return nil, pr.ctx.Err()
 	}
 }
 
@@ -256,39 +189,14 @@ func (st *standby) takeDiskMessage(m peer.Message) error {
 		return st.disks.sendWords(words, st.sendKind)
 	case kindDiskSums:
 		return st.takeSums(m.Payload)
+	case kindDiskAsk:
+		return st.takeAsk(m.Payload)
 	}
 	return fmt.Errorf("message of kind %d about a disk", m.Kind)
 }
 
 func (st *standby) sendKind(kind uint8, content ...[]byte) error {
 	return st.sess.Send(st.ctx, kind, content...)
-}
-
-// takeSums tells which chunks differ from what the primary has.
-func (st *standby) takeSums(p []byte) error {
-	var h sumsHead
-	head := binary.Size(h)
-	if len(p) < head {
-		return fmt.Errorf("digests of a disk: %d bytes, at least %d wanted", len(p), head)
-	}
-	if err := unpack(p[:head], &h); err != nil {
-		return err
-	}
-	sums := p[head:]
-	if int(h.Disk) >= len(st.inst.stores) || h.Count > sumChunks || len(sums) != 16*int(h.Count) {
-		return fmt.Errorf("digests of %d chunks of disk %d: %d bytes", h.Count, h.Disk, len(sums))
-	}
-	differs := make([]byte, 0, h.Count)
-	err := st.inst.stores[h.Disk].Digest(h.First, h.First+int64(h.Count), func(d blockstore.ChunkDigest) error {
-		i := len(differs)
-		same := bytes.Equal(d.Sum[:], sums[16*i:16*i+16]) && d.Trust != blockstore.Broken && d.Trust != blockstore.Unreadable
-		differs = append(differs, byte(boolByte(!same)))
-		return nil
-	})
-	if err != nil {
-		return fmt.Errorf("compare disk %d: %w", h.Disk, err)
-	}
-	return st.sendKind(kindDiskDiffer, pack(h), differs)
 }
 
 // disksWhole makes the copies good for use, durably, as of an epoch that is in

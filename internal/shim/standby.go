@@ -31,6 +31,8 @@ type standby struct {
 	work   sync.WaitGroup
 	ln     *peer.Listener
 	target *mirror.Target // level ca, once the primary has spoken
+	// answers to questions of a resync; of the goroutine that receives.
+	answers answerer
 	// tryCtx ends all trials: a takeover waits for none.
 	tryCtx   context.Context
 	endTries context.CancelFunc
@@ -135,7 +137,7 @@ func (st *standby) open() error {
 	st.goWork(st.watchQEMU)
 
 	me := s.hello()
-	me.NextRun, me.Scrub = st.next, scrubVersion
+	me.NextRun, me.Scrub, me.Resync = st.next, scrubVersion, resyncVersion
 	me.Disks = st.disks.hello()
 	local := make([]string, len(s.cfg.ALinkAddrs))
 	copy(local, s.cfg.ALinkAddrs)
@@ -295,7 +297,7 @@ func (st *standby) take(m peer.Message) error {
 		return st.takeChunk(m.Payload)
 	case kindSyncFlush:
 		return st.flushCopy()
-	case kindDiskWord, kindDiskSums:
+	case kindDiskWord, kindDiskSums, kindDiskAsk:
 		return st.takeDiskMessage(m)
 	case kindEpochBegin:
 		return st.takeBegin(m.Payload)
@@ -331,6 +333,11 @@ func (st *standby) takeChunk(p []byte) error {
 	}
 	data := p[chunkHead:]
 	st.inst.point("copy.chunk")
+	if int64(c.Disk) < int64(len(st.inst.stores)) {
+		if err := st.answers.coming(st.inst.stores[c.Disk], int(c.Disk), c.Off); err != nil {
+			return err
+		}
+	}
 	if c.Zero != 0 && len(data) == 0 && int(c.Disk) < len(st.inst.stores) {
 		return st.inst.stores[c.Disk].Zero(c.Off, int64(c.Len), true)
 	}

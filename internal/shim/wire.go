@@ -67,8 +67,9 @@ type hello struct {
 	QEMU    string       `json:"qemu"`
 	Branch  string       `json:"branch,omitempty"`
 	Spec    model.VMSpec `json:"spec"`
-	Scrub   int          `json:"scrub,omitempty"` // scrubVersion, where the sender answers those messages
-	Disks   []diskHello  `json:"disks"`           // the sender's copies, in the order of the specification
+	Scrub   int          `json:"scrub,omitempty"`  // scrubVersion, where the sender answers those messages
+	Resync  int          `json:"resync,omitempty"` // resyncVersion, likewise
+	Disks   []diskHello  `json:"disks"`            // the sender's copies, in the order of the specification
 }
 
 func (h hello) encode() []byte {

@@ -223,3 +223,8 @@ func (OS) IsDevice(path string) (bool, error) {
 func isDevice(st fs.FileInfo) bool {
 	return st.Mode()&(fs.ModeDevice|fs.ModeCharDevice) == fs.ModeDevice
 }
+
+// Prefetch implements Prefetcher.
+func (o osFile) Prefetch(off, n int64) error {
+	return o.control("prefetch", func(fd int) error { return unix.Fadvise(fd, off, n, unix.FADV_WILLNEED) })
+}

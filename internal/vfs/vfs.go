@@ -76,6 +76,14 @@ type Dropper interface {
 	Drop(off, n int64) error
 }
 
+// Prefetcher is implemented by files whose content is cached by the system.
+type Prefetcher interface {
+	// Prefetch asks the system to read a range, and no more than that, before
+	// somebody waits for it. Without it the system guesses, and where small reads
+	// come at regular distances may read all that lies between.
+	Prefetch(off, n int64) error
+}
+
 // ReplaceFile makes path hold exactly data, atomically and durably: after a
 // crash the old content is there or the new one, and once it has returned nil,
 // the new one. It uses path + ".tmp".

@@ -103,3 +103,24 @@ func (f *watchFile) Sync() error {
 	endWatch(s)
 	return err
 }
+
+// Drop implements Dropper, where the file below does.
+func (f *watchFile) Drop(off, n int64) error {
+	if d, ok := f.File.(Dropper); ok {
+		return d.Drop(off, n)
+	}
+	return nil
+}
+
+// Prefetch implements Prefetcher, where the file below does. On a full queue of the
+// disk it may wait, so it is watched.
+func (f *watchFile) Prefetch(off, n int64) error {
+	p, ok := f.File.(Prefetcher)
+	if !ok {
+		return nil
+	}
+	s := f.w.begin()
+	err := p.Prefetch(off, n)
+	endWatch(s)
+	return err
+}
