@@ -149,7 +149,8 @@ func (a *Agent) replaceReplica(ctx context.Context, op *operation, v clusterstor
 		return err
 	}
 	defer func() {
-		if err != nil {
+		// A shim that was too slow to answer may be filling the replica at its new place.
+		if err != nil && api.ClassOf(err) != api.Timeout {
 			back()
 		}
 	}()
