@@ -206,7 +206,7 @@ func runDisk(t *testing.T, fio string, s diskServer, row diskRow, sock, image st
 		t.Fatalf("what fio says on %s: %v: %s%s", s.name, err, out.String(), errs.String())
 	}
 	side := res.Jobs[0].Write
-	if row.rw == "read" {
+	if strings.HasSuffix(row.rw, "read") {
 		side = res.Jobs[0].Read
 	}
 	// The ramp is in the CPU time but not in the count of requests.

@@ -10,9 +10,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -88,6 +91,13 @@ type contender struct {
 	tls   bool // which speaks TLS
 }
 
+// mirrorReadRows are read from both sides of a quorum, and from the local one of the others.
+var mirrorReadRows = []diskRow{
+	{"1 MiB sequential read", "read", 1 << 20, 4},
+	{"4 KiB random read, QD1", "randread", 4 << 10, 1},
+	{"4 KiB random read, QD32", "randread", 4 << 10, 32},
+}
+
 // TestBenchMirroredDisk compares a disk that is mirrored write by write over a
 // session on the loopback device with QEMU's quorum and blockdev-mirror of a local
 // file and an NBD server on the same device; and block checksums with none.
@@ -134,17 +144,13 @@ func TestBenchMirroredDisk(t *testing.T) {
 		got := make([][]sample, len(list))
 		for range *benchDiskRounds {
 			for i, c := range list {
-				var peer *exec.Cmd
+				endFar := func() {}
 				if c.far {
 					args := slices.Clone(far)
 					if c.tls {
 						args = append(args, farTLS...)
 					}
-					peer = exec.Command(qemuNBD, append(args, remote)...)
-					peer.Stderr = os.Stderr
-					if err := peer.Start(); err != nil {
-						t.Fatal(err)
-					}
+					endFar = startFar(t, exec.Command(qemuNBD, append(args, remote)...))
 				}
 				sock := filepath.Join(dir, strings.ReplaceAll(c.name, " ", "-")+".sock")
 				args, env := c.start(sock)
@@ -156,13 +162,13 @@ func TestBenchMirroredDisk(t *testing.T) {
 					awaitPort(t, port)
 				}
 				got[i] = append(got[i], runDisk(t, fio, s, row, sock, image))
-				if c.far {
-					_ = peer.Process.Kill()
-					_ = peer.Wait()
-				}
+				endFar()
 			}
 		}
 		return got
+	}
+	for _, row := range mirrorReadRows {
+		b.compareIf("disk, mirrored, "+row.name+", over the better of quorum and blockdev-mirror", 1, mirrors[:3], row, measure)
 	}
 	for _, row := range diskRows {
 		if row.rw != "read" {
@@ -186,6 +192,34 @@ func TestBenchMirroredDisk(t *testing.T) {
 	}
 }
 
+// startFar starts the NBD server on the other side. It ends by the function that is
+// returned, at the latest with the test, however that ends, or with this process.
+func startFar(t *testing.T, cmd *exec.Cmd) (end func()) {
+	t.Helper()
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	started, over, ended := make(chan error, 1), make(chan struct{}), make(chan struct{})
+	go func() {
+		runtime.LockOSThread() // the signal comes when the thread ends, not the process
+		defer runtime.UnlockOSThread()
+		defer close(ended)
+		err := cmd.Start()
+		started <- err
+		if err != nil {
+			return
+		}
+		<-over
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}()
+	if err := <-started; err != nil {
+		t.Fatal(err)
+	}
+	end = sync.OnceFunc(func() { close(over); <-ended })
+	t.Cleanup(end)
+	return end
+}
+
 // compareIf measures and notes a row, if it is wanted: the first contender over the best of the others.
 func (b *bench) compareIf(name string, goal float64, list []contender, row diskRow, measure func(diskRow, []contender) [][]sample) {
 	if !rowWanted(name) {
@@ -195,7 +229,15 @@ func (b *bench) compareIf(name string, goal float64, list []contender, row diskR
 	for _, c := range list[1:] {
 		others = append(others, c.name)
 	}
-	b.compared(name, goal, list[0].name, others, measure(row, list))
+	got := measure(row, list)
+	b.compared(name, goal, list[0].name, others, got)
+	if list[0].name == "perdure" && row.rw == "randwrite" && len(list) == 3 {
+		var cpu []float64
+		for _, s := range got[0] {
+			cpu = append(cpu, s.cpuMicros)
+		}
+		b.noted("disk, mirrored, "+row.name+", CPU of the primary's side per write", median(cpu), "µs", "", cpu...)
+	}
 }
 
 // compared notes a ratio: the first one's median over the best of the others.

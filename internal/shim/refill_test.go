@@ -20,7 +20,7 @@ import (
 // what is missing, and takes nothing of what is there on trust: not what the guest has
 // changed since, not what never was of this line, not what lost power half written.
 func TestRefillGoesOn(t *testing.T) {
-	for seed := range uint64(12) {
+	for seed := range uint64(3) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			rnd := rand.New(rand.NewPCG(seed, 9))
 			b, a := newDiskHost(t, "b", model.UpToDate), newDiskHost(t, "a", model.Inconsistent)
@@ -46,10 +46,10 @@ func TestRefillGoesOn(t *testing.T) {
 				filled++
 			}
 			strange := int64(rnd.IntN(pieces))
-			if seed%3 == 1 { // of no line at all
+			if seed == 1 { // of no line at all
 				a.fill(0xee, strange*256<<10, 256<<10)
 			}
-			if seed%3 == 2 {
+			if seed == 2 {
 				a.must(a.st.Flush())
 			}
 			mem := a.mem.Crash(func() bool { return rnd.IntN(2) == 0 })
@@ -70,7 +70,7 @@ func TestRefillGoesOn(t *testing.T) {
 			if j := b.d.judgement(0); j.Verdict != replica.SourceFull || j.ByBitmap || j.Resume {
 				t.Errorf("judged %s: bitmaps know nothing of what happened to this copy", replica.FormatJudgement(j))
 			}
-			if seed%3 == 2 {
+			if seed == 2 {
 				if most := int64(pieces-filled+1)*4 + 5; n > most {
 					t.Errorf("%d chunks were sent, although all but %d were there, durably", n, most)
 				}
