@@ -48,6 +48,8 @@ func (h *host) replaceAt(vm, disk string, req api.ReplaceDisk) error {
 	if err := req.Validate(); err != nil {
 		return err
 	}
+	// Leadership moves to the witness after the start, and agents are restarted here.
+	eventually(h.t, "the cluster decides", 20*time.Second, h.ag.store.Quorum)
 	op, err := h.ag.ReplaceDisk(h.t.Context(), vm, disk, req)
 	return h.ended(op, err)
 }
