@@ -19,7 +19,7 @@ import (
 
 // dryPoints are those of the store and those of the pair, by level.
 var dryPoints = map[model.Level][]string{
-	model.LevelCA: append(slices.Clone(commonPoints), "full.begin", "takeover.begin", "takeover.flushed", "takeover.durable", "alone.begin", "alone.durable"),
+	model.LevelCA: append(slices.Clone(commonPoints), "full.begin", "takeover.begin", "takeover.flushed", "takeover.durable", "alone.begin", "alone.durable", "refill.begin"),
 	model.LevelFT: append(slices.Clone(commonPoints), "journal.write", "journal.synced", "journal.apply", "epoch.journaled", "takeover.applied", "takeover.line",
 		"leave.line", "leave.committed"),
 }
@@ -37,6 +37,7 @@ const (
 	partTarget   dryPart = "as target and secondary" // from its start on
 	partPromoted dryPart = "promoted"                // from the other side's end on: takeover, alone, source of a resync
 	partLeft     dryPart = "left by the secondary"   // a primary whose secondary is killed
+	partRefill   dryPart = "filled anew"             // a primary whose disk failed, and gets a new one; level ca
 	partBoot     dryPart = "booting"                 // both were killed, this side is first again
 )
 
@@ -53,10 +54,18 @@ type dryCase struct {
 // those of the pair that belong to it.
 func dryMatrix(level model.Level) (out []dryCase) {
 	own := map[string][]dryPart{"copy.": {partTarget, partBoot}, "full.": {partTarget, partBoot}, "takeover.": {partPromoted},
-		"alone.": {partLeft}, "leave.": {partLeft}, "epoch.": {partTarget, partBoot}, "boot.": {partBoot}}
+		"alone.": {partLeft}, "leave.": {partLeft}, "epoch.": {partTarget, partBoot}, "boot.": {partBoot}, "refill.": {partRefill}}
+	if level == model.LevelCA {
+		for _, p := range []string{"image.write", "image.synced", "log.synced", "meta.write", "meta.written", "sums.written"} {
+			out = append(out, dryCase{p, partRefill, 0})
+		}
+	}
 	for _, p := range dryPoints[level] {
 		kind := p[:strings.Index(p, ".")+1]
-		for _, part := range dryParts {
+		for _, part := range append(slices.Clone(dryParts), own[kind]...) {
+			if slices.Contains(out, dryCase{p, part, 0}) {
+				continue
+			}
 			parts, few := own[kind]
 			if few && !slices.Contains(parts, part) {
 				continue
@@ -97,6 +106,7 @@ func (k *dryKills) cell(c dryCase) bool {
 	k.t.Helper()
 	primary, secondary := k.seats()
 	victim := secondary
+	var refilled *dryLife
 	switch c.part {
 	case partTarget:
 		k.again(victim, c, true)
@@ -113,6 +123,13 @@ func (k *dryKills) cell(c dryCase) bool {
 		k.duplex()
 		k.arm(victim)
 		k.kill(victim.other())
+	case partRefill:
+		k.again(victim, c, false)
+		k.duplex()
+		k.kill(primary)
+		k.duplex()
+		refilled = victim.now()
+		k.refill(victim, refilled)
 	case partBoot:
 		victim = primary
 		victim.powerOff(true, nil)
@@ -121,8 +138,16 @@ func (k *dryKills) cell(c dryCase) bool {
 		victim.powerOn()
 		secondary.powerOn()
 	}
-	hit := k.awaitKill(victim, c)
+	var hit bool
+	if c.part == partRefill {
+		hit = refilled != nil && closed(refilled.gone)
+	} else {
+		hit = k.awaitKill(victim, c)
+	}
 	k.duplex()
+	if c.part == partRefill {
+		k.mend()
+	}
 	if err := k.l.progress(20, 30*time.Second); err != nil {
 		k.t.Fatalf("%+v: %v", c, err)
 	}
@@ -139,6 +164,43 @@ func (k *dryKills) cell(c dryCase) bool {
 		k.t.Fatalf("%+v: %v", c, err)
 	}
 	return hit
+}
+
+// refill has the disk of a primary fail and be filled anew, during which its life may end.
+func (k *dryKills) refill(h *dryHost, l *dryLife) {
+	k.t.Helper()
+	if err := k.l.progress(50, 30*time.Second); err != nil { // the pair is settled
+		k.t.Fatal(err)
+	}
+	if l == nil || h.now() != l {
+		return // it has ended by itself
+	}
+	l.gate.spoil(true)
+	carried := func() bool { return k.w.store.get().Record.Replicas[h.name].State == model.Inconsistent }
+	for end := time.Now().Add(20 * time.Second); !carried() && !closed(l.gone); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			k.t.Fatal("nobody notices that a disk has failed")
+		}
+	}
+	l.gate.spoil(false)
+	l.gate.arm()
+	k.mend()
+	for end := time.Now().Add(2 * time.Second); !closed(l.gone) && time.Now().Before(end); {
+		time.Sleep(time.Millisecond)
+	}
+	l.gate.disarm()
+}
+
+// mend gives the primary's host a new disk until it is taken or not needed.
+func (k *dryKills) mend() {
+	f := &dryFaults{t: k.t, w: k.w}
+	for end := time.Now().Add(3 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		rec := k.w.store.get().Record
+		if bothGood(rec) || rec.Mode != model.ModeDuplex {
+			return
+		}
+		f.replace(k.w.hosts[rec.Primary.Host])
+	}
 }
 
 func (k *dryKills) duplex() {

@@ -93,8 +93,8 @@ func (d *hollowDevices) throwOut() {
 
 // noteGate is a kernel's gate that can be looked at from another process: a file
 // holds until when it is open, in nanoseconds of CLOCK_BOOTTIME. Behind that it
-// says whether the process may be killed at its point.
-type noteGate struct{ note *[2]int64 }
+// says whether the process may be killed at its point, and whether its disk fails.
+type noteGate struct{ note *[3]int64 }
 
 func openNoteGate(path string) (noteGate, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
@@ -102,7 +102,7 @@ func openNoteGate(path string) (noteGate, error) {
 		return noteGate{}, err
 	}
 	defer f.Close()
-	const size = int(unsafe.Sizeof([2]int64{}))
+	const size = int(unsafe.Sizeof([3]int64{}))
 	if err := f.Truncate(int64(size)); err != nil {
 		return noteGate{}, err
 	}
@@ -110,12 +110,57 @@ func openNoteGate(path string) (noteGate, error) {
 	if err != nil {
 		return noteGate{}, err
 	}
-	return noteGate{(*[2]int64)(unsafe.Pointer(&b[0]))}, nil // mapped for as long as the process lives
+	return noteGate{(*[3]int64)(unsafe.Pointer(&b[0]))}, nil // mapped for as long as the process lives
 }
 
 func (g noteGate) arm()        { atomic.StoreInt64(&g.note[1], 1) }
 func (g noteGate) disarm()     { atomic.StoreInt64(&g.note[1], 0) }
 func (g noteGate) armed() bool { return atomic.LoadInt64(&g.note[1]) != 0 }
+
+// spoil has the disk of the process fail, or work again.
+func (g noteGate) spoil(on bool) {
+	n := int64(0)
+	if on {
+		n = 1
+	}
+	atomic.StoreInt64(&g.note[2], n)
+}
+
+func (g noteGate) spoilt() error {
+	if atomic.LoadInt64(&g.note[2]) != 0 {
+		return syscall.EIO
+	}
+	return nil
+}
+
+// spoiltFS is a file system whose open files fail while their gate says so.
+type spoiltFS struct {
+	vfs.FS
+	g noteGate
+}
+
+func (s spoiltFS) file(f vfs.File, err error) (vfs.File, error) {
+	if err != nil {
+		return nil, err
+	}
+	return spoiltFile{f, s.g}, nil
+}
+
+func (s spoiltFS) Open(path string) (vfs.File, error)       { return s.file(s.FS.Open(path)) }
+func (s spoiltFS) OpenLocked(path string) (vfs.File, error) { return s.file(s.FS.OpenLocked(path)) }
+func (s spoiltFS) Create(path string) (vfs.File, error)     { return s.file(s.FS.Create(path)) }
+
+type spoiltFile struct {
+	vfs.File
+	g noteGate
+}
+
+func (f spoiltFile) WriteAt(p []byte, off int64) (int, error) {
+	if err := f.g.spoilt(); err != nil {
+		return 0, err
+	}
+	return f.File.WriteAt(p, off)
+}
 
 func (g noteGate) Open(_ []string, d time.Duration) error {
 	atomic.StoreInt64(&g.note[0], int64(bootNow()+d))
@@ -177,7 +222,7 @@ func shimMain(order string) error {
 	}
 	var count atomic.Int64
 	storageOf = func(shimapi.Config) (vfs.FS, blockstore.Options) {
-		return vfs.OS{}, blockstore.Options{Activity: o.Activity, JournalLimit: o.Journal, At: func(p string) {
+		return spoiltFS{vfs.OS{}, armed}, blockstore.Options{Activity: o.Activity, JournalLimit: o.Journal, At: func(p string) {
 			if p == o.Point && armed.armed() && count.Add(1) == int64(o.After)+1 {
 				_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
 				select {}
