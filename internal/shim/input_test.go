@@ -3,6 +3,7 @@ package shim
 import (
 	"errors"
 	"log/slog"
+	"net"
 	"os"
 	"testing"
 	"time"
@@ -26,6 +27,19 @@ func carrier(t *testing.T) (st *standby, tap *hostnet.Tap) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { tap.Close() })
+	// The kernel drops what is sent before it has taken notice of the link, which it does once a second where others have just changed.
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+		i, err := net.InterfaceByName(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i.Flags&net.FlagRunning != 0 {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%s does not run: %v", name, i.Flags)
+		}
+	}
 	log := slog.New(slog.DiscardHandler)
 	s := &Shim{log: log, tl: newTimeline("vm", "b", nil, log)}
 	return &standby{s: s, inst: &instance{taps: []string{name}}}, tap
