@@ -45,9 +45,10 @@ func (s *Store) Digest(start, end int64, each func(ChunkDigest) error) error {
 	if start < 0 || end > s.Chunks() {
 		return fmt.Errorf("digest of chunks %d … %d of %s: %w", start, end, s.id, syscall.EINVAL)
 	}
-	buf := make([]byte, ChunkSize)
+	buf := chunkBuffers.Get().(*[ChunkSize]byte)
+	defer chunkBuffers.Put(buf)
 	for c := start; c < end; c++ {
-		d, err := s.digestChunk(c, buf)
+		d, err := s.digestChunk(c, buf[:])
 		if err != nil {
 			return err
 		}
@@ -70,6 +71,14 @@ func (s *Store) Prefetch(start, end int64) {
 	}
 }
 
+// chunkBuffers are for digests: they are often asked for one by one.
+var chunkBuffers = sync.Pool{New: func() any { return new([ChunkSize]byte) }}
+
+var (
+	noData    [ChunkSize]byte // what a hole reads as; never written
+	noDataSum = xxh3.Hash128(noData[:]).Bytes()
+)
+
 func (s *Store) digestChunk(c int64, buf []byte) (ChunkDigest, error) {
 	off := c * ChunkSize
 	p := buf[:min(ChunkSize, s.size-off)]
@@ -79,8 +88,11 @@ func (s *Store) digestChunk(c int64, buf []byte) (ChunkDigest, error) {
 	l := s.lockBlocks(off, int64(len(p)))
 	defer s.blocks.unlock(l)
 	d := ChunkDigest{Chunk: c}
-	if n, hole, err := s.raw.Extent(off, int64(len(p))); err == nil && hole && n >= int64(len(p)) {
-		clear(p) // where most of a disk are holes, reading them is most of the work
+	if s.isHole(off, int64(len(p))) {
+		// Where most of a disk are holes, reading and adding them up is most of the work.
+		if p = noData[:len(p)]; len(p) == ChunkSize {
+			d.Sum = noDataSum
+		}
 	} else if err := s.readImage(p, off); err != nil {
 		if !mediumError(err) {
 			return d, err
@@ -88,7 +100,9 @@ func (s *Store) digestChunk(c int64, buf []byte) (ChunkDigest, error) {
 		d.Trust = Unreadable
 		return d, nil
 	}
-	d.Sum = xxh3.Hash128(p).Bytes()
+	if d.Sum == ([16]byte{}) {
+		d.Sum = xxh3.Hash128(p).Bytes()
+	}
 	if !s.sums.on() {
 		return d, nil
 	}
@@ -105,6 +119,17 @@ func (s *Store) digestChunk(c int64, buf []byte) (ChunkDigest, error) {
 		d.Trust = Holds
 	}
 	return d, err
+}
+
+// isHole reports whether a range of the image is a hole for sure: what lies behind
+// the end of an image that was cut under our feet looks like one.
+func (s *Store) isHole(off, n int64) bool {
+	length, hole, err := s.raw.Extent(off, n)
+	if err != nil || !hole || length < n {
+		return false
+	}
+	size, err := s.raw.Size()
+	return err == nil && off+n <= size
 }
 
 // allKnown reports whether every block of a range within one extent has a checksum that counts.
