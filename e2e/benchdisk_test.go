@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -154,6 +155,10 @@ func runDisk(t *testing.T, fio string, s diskServer, row diskRow, sock, image st
 	srv := exec.Command(args[0], args[1:]...)
 	srv.Env = append(os.Environ(), s.env...)
 	srv.Stdout, srv.Stderr = os.Stderr, os.Stderr
+	// Nothing of a bench that is ended outlives it. The signal comes with the end of the thread.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	srv.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
 	if err := srv.Start(); err != nil {
 		t.Fatal(err)
 	}

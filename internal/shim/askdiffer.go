@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"perdure/internal/bitmap"
 	"perdure/internal/blockstore"
@@ -425,4 +426,27 @@ func (st *standby) takeSums(p []byte) error {
 		return err
 	}
 	return st.sendKind(kindDiskDiffer, pack(h), differs)
+}
+
+// flushEvery is how much of a copy the target writes before it begins to make that
+// durable, while the rest comes: the flush at the end would find all of it undone, as
+// the system begins by itself only when much of the memory is full of it.
+const flushEvery = 64 << 20
+
+// earlyFlush is how far that is. unflushed is of the goroutine that receives.
+type earlyFlush struct {
+	unflushed int64
+	busy      atomic.Bool
+}
+
+// flushAhead notes that a piece of a copy is written to a store.
+func (st *standby) flushAhead(store *blockstore.Store, n int64) {
+	if st.early.unflushed += n; st.early.unflushed < flushEvery || !st.early.busy.CompareAndSwap(false, true) {
+		return
+	}
+	st.early.unflushed = 0
+	st.goWork(func() {
+		defer st.early.busy.Store(false)
+		_ = store.Flush() // one that failed has given the replica up, which the next write is told
+	})
 }

@@ -21,9 +21,10 @@ type resyncRig struct {
 	w  *dry
 	mu sync.Mutex
 	// sent is how many bytes the last copy took, and took how long it was under way.
-	sent int64
-	took time.Duration
-	seen int // copies that have ended
+	sent   int64
+	took   time.Duration
+	copied model.Event // the last "disk-copied"
+	seen   int         // copies that have ended
 }
 
 func newResyncRig(t *testing.T, size int64) *resyncRig {
@@ -41,13 +42,15 @@ func (r *resyncRig) event(e model.Event) {
 	defer r.mu.Unlock()
 	switch e.Type {
 	case "disk-copied":
+		r.copied = e
 		var disk string
 		var of int64
 		if _, err := fmt.Sscanf(e.Text, "disk %s %d bytes of %d sent", &disk, &r.sent, &of); err != nil {
 			r.t.Errorf("event %q: %v", e.Text, err)
 		}
 	case "synced":
-		r.took = time.Duration(e.DurationMS * float64(time.Millisecond))
+		// Without the start of the standby. Both events are of one host, so in order.
+		r.took = time.Duration(r.copied.DurationMS*float64(time.Millisecond)) + e.Time.Sub(r.copied.Time)
 		r.seen++
 	}
 }

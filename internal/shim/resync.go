@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"perdure/internal/bitmap"
 	"perdure/internal/blockstore"
@@ -81,6 +82,7 @@ func (pr *pair) takeDisk(m peer.Message) error {
 // tell it, else all that is not a hole.
 func (pr *pair) copyDisks() error {
 	var total, done int64
+	begun := time.Now()
 	marks := make([]*bitmap.Bitmap, len(pr.p.inst.stores))
 	for n, st := range pr.p.inst.stores {
 		if pr.p.disks.wholesale(n) {
@@ -110,7 +112,7 @@ func (pr *pair) copyDisks() error {
 		}
 	}
 	for n, st := range pr.p.inst.stores {
-		pr.p.s.tl.add("disk-copied", 0, 0, "disk %s: %d bytes of %d sent to host %s (%s)", pr.p.s.cfg.Spec.Disks[n].ID,
+		pr.p.s.tl.add("disk-copied", 0, time.Since(begun), "disk %s: %d bytes of %d sent to host %s (%s)", pr.p.s.cfg.Spec.Disks[n].ID,
 			pr.sentOf(n), st.Size(), pr.host, replica.FormatJudgement(pr.p.disks.judgement(n)))
 	}
 	return nil

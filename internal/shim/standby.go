@@ -33,6 +33,7 @@ type standby struct {
 	target *mirror.Target // level ca, once the primary has spoken
 	// answers to questions of a resync; of the goroutine that receives.
 	answers answerer
+	early   earlyFlush
 	// tryCtx ends all trials: a takeover waits for none.
 	tryCtx   context.Context
 	endTries context.CancelFunc
@@ -333,18 +334,18 @@ func (st *standby) takeChunk(p []byte) error {
 	}
 	data := p[chunkHead:]
 	st.inst.point("copy.chunk")
-	if int64(c.Disk) < int64(len(st.inst.stores)) {
-		if err := st.answers.coming(st.inst.stores[c.Disk], int(c.Disk), c.Off); err != nil {
-			return err
-		}
-	}
-	if c.Zero != 0 && len(data) == 0 && int(c.Disk) < len(st.inst.stores) {
-		return st.inst.stores[c.Disk].Zero(c.Off, int64(c.Len), true)
-	}
-	if int(c.Disk) >= len(st.inst.stores) || len(data) != int(c.Len) {
+	if int64(c.Disk) >= int64(len(st.inst.stores)) || c.Zero == 0 && len(data) != int(c.Len) || c.Zero != 0 && len(data) != 0 {
 		return fmt.Errorf("piece of disk %d: %d bytes, %d announced; there are %d disks", c.Disk, len(data), c.Len, len(st.inst.stores))
 	}
-	return st.inst.stores[c.Disk].WriteAt(data, c.Off)
+	store := st.inst.stores[c.Disk]
+	if err := st.answers.coming(store, int(c.Disk), c.Off); err != nil {
+		return err
+	}
+	st.flushAhead(store, int64(len(data)))
+	if c.Zero != 0 {
+		return store.Zero(c.Off, int64(c.Len), true)
+	}
+	return store.WriteAt(data, c.Off)
 }
 
 // flushCopy makes the copy so far durable while the guest still runs unheld,
