@@ -737,6 +737,9 @@ func (a *Agent) ResizeDisk(ctx context.Context, vm, disk string, req api.ResizeD
 		if req.Size < now {
 			return nil, api.Errorf(api.Refused, "disk %s of VM %q has %s; it is not made smaller: the data beyond %s would be lost", disk, vm, api.FormatSize(now), api.FormatSize(req.Size))
 		}
+		if req.Size == now {
+			return func(context.Context, *operation) error { return nil }, nil
+		}
 		if err := a.roomToGrow(ctx, v, disk, now, req.Size); err != nil {
 			return nil, err
 		}
@@ -837,7 +840,17 @@ func (w *worker) holdDisks(on bool) bool {
 		return false
 	}
 	w.disksHeld = on
+	w.disksNew = w.disksNew || !on
 	return true
+}
+
+// disksChanged reports whether an operation on the disks has ended since it was called last.
+func (w *worker) disksChanged() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	changed := w.disksNew
+	w.disksNew = false
+	return changed
 }
 
 // settleDisks makes the disks of the guest here those of the specification, where an

@@ -40,12 +40,31 @@ func (a *Agent) ReplaceDisk(ctx context.Context, vm, disk string, req api.Replac
 			return nil, api.Errorf(api.Refused, "host %s runs VM %q from its replica of disk %s, which is good; it is not moved to %s meanwhile", host, vm, disk, req.Path).
 				WithAction("repeat this when the other host runs the VM, or while it is stopped")
 		}
+		if err := a.decided(ctx, vm, host, disk); err != nil {
+			return nil, err
+		}
 		to, err := a.replacePlace(ctx, v, disk, host, req)
 		if err != nil {
 			return nil, err
 		}
 		return func(ctx context.Context, op *operation) error { return a.replaceReplica(ctx, op, v, disk, host, to) }, nil
 	})
+}
+
+// decided refuses to give up a replica that may hold what no other one does, because its
+// host wrote alone: a person looks at the sides first, and says which one is lost.
+func (a *Agent) decided(ctx context.Context, vm, host, disk string) error {
+	s, err := a.SplitBrain(ctx, vm)
+	if err != nil {
+		return err
+	}
+	for _, side := range s.Sides {
+		if side.Host == host && side.Split {
+			return api.Errorf(api.Refused, "host %s keeps another line of history of VM %q (split brain); its replica of disk %s may hold data that no other host has", host, vm, disk).
+				WithAction("perdure split-brain show %s, then perdure split-brain resolve %s --discard HOST", vm, vm)
+		}
+	}
+	return nil
 }
 
 // replaceHost decides whose replica is meant, and whether it may be given up.
@@ -226,6 +245,8 @@ func (a *Agent) renewHere(ctx context.Context, vm string, req renewReplica) erro
 		case req.Drop:
 		case rec.Replicas[me].State == model.UpToDate:
 			return fmt.Errorf("the replica of VM %q on host %s is UpToDate", vm, me)
+		case otherBranch(rec, rec.Replicas[me]):
+			return fmt.Errorf("host %s keeps another line of history of VM %q: a person decides first (perdure split-brain show %s)", me, vm, vm)
 		case rec.Mode != model.ModeStopped && (rec.Primary.Host == me || rec.Secondary.Host == me):
 			return fmt.Errorf("host %s has a place in the record of VM %q", me, vm)
 		}

@@ -76,6 +76,9 @@ func (w *worker) protect(ctx context.Context, v clusterstore.VMView) {
 	if p.since.IsZero() {
 		p.since = time.Now()
 	}
+	if w.disksChanged() { // what was being filled meanwhile did not fail, and nobody is to wait for the next attempt
+		p.pending, p.next, p.delay = false, time.Time{}, 0
+	}
 	if p.pending && rec.Term == p.term && time.Since(p.asked) < beginWithin {
 		return // accepted, and not begun: the shim has yet to change the record
 	}
@@ -100,8 +103,11 @@ func (w *worker) protect(ctx context.Context, v clusterstore.VMView) {
 		w.delayProtect()
 		// A host that is just restarting is no news; one that stays away is.
 		if time.Since(p.since) > 3*time.Second {
-			w.problem("unprotected", model.Warning, "the VM runs without a second copy: "+err.Error(),
-				"none: it is protected by itself as soon as a host fits")
+			todo := "none: it is protected by itself as soon as a host fits"
+			if strings.Contains(err.Error(), "perdure disk replace ") {
+				todo = "the command that is named there; it is protected by itself afterwards"
+			}
+			w.problem("unprotected", model.Warning, "the VM runs without a second copy: "+err.Error(), todo)
 		}
 		return
 	}

@@ -136,6 +136,7 @@ type worker struct {
 	note map[string]model.Problem // named problems of this host's share, by code
 	// disksHeld: an operation changes the disks, see holdDisks.
 	disksHeld bool
+	disksNew  bool // one has ended, see disksChanged
 
 	// Owned by the worker's goroutine.
 	child        procID // the shim that this agent started and has to reap

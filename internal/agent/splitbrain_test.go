@@ -86,6 +86,25 @@ func TestSplitBrainRefusals(t *testing.T) {
 	if a.record("vm1").Mode != model.ModeSimplex {
 		t.Fatalf("it did not wait for a person: %+v", a.record("vm1"))
 	}
+	// Nor is it given up by the way, disk by disk: by request, or where a request comes that was judged too early.
+	for _, via := range []*host{a, b} {
+		op, err := via.ag.ReplaceDisk(ctx, "vm1", "disk0", api.ReplaceDisk{Host: "a"})
+		for err == nil && op.State == api.OperationRunning {
+			op, err = via.ag.Operation(ctx, op.ID)
+		}
+		if err == nil {
+			err = op.Error.Err()
+		}
+		if err == nil || !strings.Contains(err.Error(), "another line of history") {
+			t.Errorf("a's disk is replaced: %v", err)
+		}
+	}
+	if err := a.ag.renewHere(ctx, "vm1", renewReplica{Disk: "disk0", UUID: vm.UUID}); err == nil || !strings.Contains(err.Error(), "another line of history") {
+		t.Errorf("a makes its replica anew: %v", err)
+	}
+	if m, _, err := blockstore.Peek(vfs.OS{}, a.ag.vmFile("vm1", shimapi.DiskDir), "disk0"); err != nil || m.State == model.Inconsistent {
+		t.Fatalf("a's replica: %+v, %v", m, err)
+	}
 	if err := b.ag.ResolveSplitBrain(ctx, "vm1", api.ResolveSplitBrain{Discard: "a", Confirm: "vm1"}); err != nil {
 		t.Fatal(err)
 	}

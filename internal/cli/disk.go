@@ -384,6 +384,9 @@ second copy runs without it meanwhile, and is protected again by itself.`
 		if err != nil {
 			return err
 		}
+		if noWait {
+			return a.diskDone(ctx, cl, op, noWait, args[0], args[0]+": attaching a disk")
+		}
 		return a.diskDone(ctx, cl, op, noWait, args[0], args[0]+": disk attached")
 	})
 	return c
@@ -409,6 +412,7 @@ func (a *app) diskDetachCommand(use string) *cobra.Command {
 	var noWait, yes bool
 	c := &cobra.Command{Use: use, Short: "Take a disk away from a VM, also while it runs", Args: args("VM", "DISK"), ValidArgsFunction: a.completeDisks}
 	c.Long = `Takes a disk away. A running guest is asked to let go of it: unmount it there first.
+Linux lets go of a mounted disk too, and its file system fails then.
 Its data are kept aside on the host that ran the VM, under a name that is printed
 and that "disk attach --from" takes; with --delete they are removed.`
 	c.Flags().BoolVar(&req.Delete, "delete", false, "remove the data of the disk")
@@ -419,7 +423,7 @@ and that "disk attach --from" takes; with --delete they are removed.`
 		if err != nil {
 			return err
 		}
-		question := fmt.Sprintf("Take disk %s (%s) away from VM %s?", d.ID, api.FormatSize(d.Size), d.VM)
+		question := fmt.Sprintf("Take disk %s (%s) away from VM %s? If the guest runs, unmount it there first: a file system that is in use fails.", d.ID, api.FormatSize(d.Size), d.VM)
 		if req.Delete {
 			question = fmt.Sprintf("Remove disk %s (%s) of VM %s and its data for ever?", d.ID, api.FormatSize(d.Size), d.VM)
 		}

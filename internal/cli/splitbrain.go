@@ -3,6 +3,7 @@ package cli
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -88,6 +89,10 @@ func (a *app) awaitResolved(ctx context.Context, cl *api.Client, name, host stri
 	}
 	if !vm.Level.HasSecondary() || vm.Mode == model.ModeStopped {
 		a.say("%s: the replicas on %s are given up", name, host)
+		return nil
+	}
+	if slices.ContainsFunc(vm.Problems, func(p model.Problem) bool { return p.Code == "protection-off" }) {
+		a.say("%s: the replicas on %s are given up; protection is off: perdure vm protect %s", name, host, name)
 		return nil
 	}
 	p := a.newProgress()
