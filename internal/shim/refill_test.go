@@ -3,6 +3,7 @@ package shim
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"testing"
@@ -13,6 +14,8 @@ import (
 	"perdure/internal/blockstore"
 	"perdure/internal/model"
 	"perdure/internal/replica"
+	"perdure/internal/shimapi"
+	"perdure/internal/vfs"
 )
 
 // TestRefillGoesOn: the filling of a new replica is interrupted by the loss of its host,
@@ -153,4 +156,53 @@ func TestChunksAtOnce(t *testing.T) {
 			t.Error("without a governor fewer than asked for")
 		}
 	})
+}
+
+// TestReplicaHalfMade: a host that died at any moment while its replica was removed or
+// made anew has a standby again; a replica that is whole is left as it is.
+func TestReplicaHalfMade(t *testing.T) {
+	mem := vfs.NewMem()
+	old := storageOf
+	storageOf = func(shimapi.Config) (vfs.FS, blockstore.Options) { return mem, blockstore.Options{} }
+	t.Cleanup(func() { storageOf = old })
+	d := model.DiskSpec{ID: "disk0", Size: 8 << 20}
+	cfg := shimapi.Config{Dir: "/v", Spec: model.VMSpec{UUID: "vm", Disks: []model.DiskSpec{d}}}
+	dir := "/v/" + shimapi.DiskDir
+	errCut := errors.New("the power is gone")
+	for at := 0; ; at++ {
+		_ = blockstore.Abandon(mem, dir, d.ID)
+		if err := makeReplica(cfg, d); err != nil {
+			t.Fatal(err)
+		}
+		left := at
+		mem.SetHook(func(vfs.Op) error {
+			if left--; left < 0 {
+				return errCut
+			}
+			return nil
+		})
+		err := blockstore.Abandon(mem, dir, d.ID)
+		if err == nil {
+			err = makeReplica(cfg, d)
+		}
+		mem.SetHook(nil)
+		if again := makeReplica(cfg, d); again != nil {
+			t.Fatalf("cut off after %d operations: %v", at, again)
+		}
+		st, oerr := blockstore.Open(mem, dir, d.ID, blockstore.Options{})
+		if oerr != nil {
+			t.Fatalf("cut off after %d operations: %v", at, oerr)
+		}
+		seq := st.Meta()
+		_ = st.Close()
+		if err := makeReplica(cfg, d); err != nil || seq.State != model.Inconsistent {
+			t.Fatalf("%v, %s", err, seq.State)
+		}
+		if err == nil {
+			if at < 5 {
+				t.Fatalf("only %d operations", at)
+			}
+			return
+		}
+	}
 }

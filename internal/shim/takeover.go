@@ -242,5 +242,10 @@ func makeReplica(cfg shimapi.Config, d model.DiskSpec) error {
 	if at, ok := cfg.Spec.Place(d.ID, cfg.Host); ok {
 		return fmt.Errorf("disk %s: its replica at %s is not made yet, which is the agent's to do: it looks at the path first", d.ID, at.Path)
 	}
+	// What lies there without metadata is half made or half removed, as when a host lost its
+	// power while a failed disk was made anew: it is nobody's, and would bar the way for ever.
+	if err := blockstore.Abandon(fsys, dir, d.ID); err != nil {
+		return err
+	}
 	return blockstore.Create(fsys, dir, blockstore.Params{ID: d.ID, VM: cfg.Spec.UUID, Size: d.Size, State: model.Inconsistent})
 }
