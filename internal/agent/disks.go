@@ -79,6 +79,10 @@ func (a *Agent) disksOf(ctx context.Context, v clusterstore.VMView) []api.VMDisk
 				k.Behind = behind(vm.Mode, answers[i].Live, d.ID)
 			}
 		}
+		// A copy that never held anything is marked nowhere.
+		if k.Behind == 0 && vm.Mode != model.ModeDuplex {
+			k.Behind = neverFilled(k)
+		}
 		for _, x := range vm.Disks {
 			if x.ID == d.ID {
 				k.Verified, k.Places = x.Verified, x.Places
@@ -117,6 +121,25 @@ func behind(mode model.Mode, live []shimapi.DiskStatus, id string) int64 {
 		}
 	}
 	return -1
+}
+
+// neverFilled is what the other hosts lack by the record, where the running shim has marked
+// nothing: all, unless one of them has held the disk; negative: there is no other.
+func neverFilled(d api.VMDisk) int64 {
+	others := 0
+	for _, r := range d.Replicas {
+		switch {
+		case r.Host == d.Primary:
+		case r.State == model.UpToDate || r.State == model.Outdated:
+			return 0
+		default:
+			others++
+		}
+	}
+	if others == 0 {
+		return -1
+	}
+	return d.Size
 }
 
 // problemsOfDisk are the VM's problems that concern a disk, and those of its replicas.
