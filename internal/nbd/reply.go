@@ -17,6 +17,8 @@ type answers struct {
 	mu  sync.Mutex
 	p   []byte
 	err error // the link is of no use any more
+
+	flushing bool // a goroutine is about to send what offer left
 }
 
 const (

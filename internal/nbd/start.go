@@ -125,10 +125,19 @@ func (a *answers) offer(p []byte) bool {
 	}
 	rest := copy(a.p, a.p[n:])
 	a.p = a.p[:rest]
-	if rest > 0 {
-		go func() { _ = a.flush() }() // the client is slow to read
+	if rest > 0 && !a.flushing { // the client is slow to read
+		a.flushing = true
+		go a.flushRest()
 	}
 	return true
+}
+
+// flushRest sends what offer left.
+func (a *answers) flushRest() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.flushing = false
+	a.flushLocked()
 }
 
 // end has everything dropped from now on: the link may mean something else soon.

@@ -141,7 +141,8 @@ func TestClientThatDoesNotReadBoundsBegunWrites(t *testing.T) {
 			count++
 			since = time.Now()
 		}
-		if n := runtime.NumGoroutine(); n > before+3*most {
+		// Some that are done have not ended yet; without a bound there were one for each write.
+		if n := runtime.NumGoroutine(); n > before+16*most {
 			t.Fatalf("%d goroutines, %d before, after %d writes", n, before, count)
 		}
 		runtime.Gosched()
