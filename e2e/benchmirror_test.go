@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -179,12 +180,18 @@ func TestBenchMirroredDisk(t *testing.T) {
 	for _, d := range []string{"a", "b"} {
 		_ = os.RemoveAll(filepath.Join(dir, d))
 	}
-	for _, row := range diskRows { // both replicas are made in the same way, and only this is done to them
-		image = benchReplica(t, filepath.Join(dir, "sums"), benchDiskSize, false)
-		benchReplica(t, filepath.Join(dir, "plain"), benchDiskSize, true)
-		b.compareIf("disk, "+row.name+", with block checksums over without", 0.9, sums, row, measure)
-		for _, d := range []string{"sums", "plain"} {
-			_ = os.RemoveAll(filepath.Join(dir, d))
+	// Both have the very same file: how the page cache holds it differs from file to file, and counts for more than a
+	// checksum. What is written without checksums makes them wrong, so what reads comes first.
+	image = benchReplica(t, filepath.Join(dir, "sums"), benchDiskSize, false)
+	plain := benchReplica(t, filepath.Join(dir, "plain"), benchDiskSize, true)
+	if err := errors.Join(os.Remove(plain), os.Link(image, plain)); err != nil {
+		t.Fatal(err)
+	}
+	for _, reads := range []bool{true, false} {
+		for _, row := range diskRows {
+			if reads == strings.HasSuffix(row.rw, "read") {
+				b.compareIf("disk, "+row.name+", with block checksums over without", 0.9, sums, row, measure)
+			}
 		}
 	}
 	if rowWanted("disk, mirrored 4 KiB write, over the peer's own write and a round trip") {
