@@ -194,7 +194,12 @@ func tryLock(path string) (*runLock, bool, error) {
 	return nil, false, fmt.Errorf("take run lock: %w", err)
 }
 
-func (l *runLock) release() { l.f.Close() }
+// release gives the lock back. Closing alone does not where a process that is being started
+// at this moment has a copy of the file, until it becomes its program.
+func (l *runLock) release() {
+	_ = unix.Flock(int(l.f.Fd()), unix.LOCK_UN) // cannot fail on a file that is locked
+	l.f.Close()
+}
 
 // lockFree reports whether nothing of a VM lives here. It takes the lock for a
 // moment; only the VM's own worker may call it, since a shim that starts at
